@@ -1,0 +1,417 @@
+"""Data sets as tensors in memory: validated, split, scaled, and gathered a batch at a time.
+
+Examples stay the bytes they are (uint8 stays uint8); a batch is gathered in one call and
+only then converted. Nothing here touches one example at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truenorm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples and their labels.
+
+    Attributes:
+        x: (N, F) rows or (N, C, H, W) images; uint8 or float32.
+        y: (N,) int64, each an index into ``classes``.
+        classes: the label of each class, in order, as Python values.
+        weight: (N,) float32, each example's weight in the loss, or None for equal ones.
+        features: (F,) column names of rows, or None.
+        name: where the data came from, for messages and reports.
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: tuple[Any, ...]
+    weight: Tensor | None = None
+    features: tuple[str, ...] | None = None
+    name: str = "data"
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Tensor) -> Dataset:
+        """The examples at ``index``, (M,) int64."""
+        weight = None if self.weight is None else self.weight[index]
+        return Dataset(
+            self.x[index], self.y[index], self.classes, weight, self.features, self.name
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of examples, labels and classes: equal data, equal fingerprint."""
+        digest = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
+        for tensor in (self.x, self.y, self.weight):
+            if tensor is not None:
+                digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+        digest.update(repr(self.classes).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How stored examples become network input: (x - shift) * scale, in float32.
+
+    ``shift`` (None for zero) and ``scale`` broadcast over an example: (1,), (F,) or (C, 1, 1).
+    """
+
+    shift: Tensor | None
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Scaling:
+        """The scaling that suits training examples ``x``, computed from nothing else.
+
+        Bytes go to [0, 1]. Rows of numbers are standardized a feature at a time, float
+        images a channel at a time; what is constant there maps to zero.
+        """
+        if x.dtype == torch.uint8:
+            return cls(None, torch.full((1,), 1 / 255))
+        dims = [d for d in range(x.ndim) if d != 1]
+        var, mean = torch.var_mean(x.double(), dims, correction=0)
+        std = var.sqrt()
+        # Rounding leaves a constant feature a tiny spread, which must not be blown up.
+        constant = std <= 1e-6 * mean.abs()
+        scale = torch.where(constant, 1.0, 1 / std)
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        return cls(mean.float().reshape(shape), scale.float().reshape(shape))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale a batch (N, ...) into a new float32 tensor on its own device."""
+        wide = x.to(torch.float32, copy=True)
+        if self.shift is not None:
+            wide.sub_(self.shift.to(wide.device))
+        return wide.mul_(self.scale.to(wide.device))
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, exactly: a float32 survives the decimal form Python prints."""
+        shift = None if self.shift is None else self.shift.tolist()
+        return {"shift": shift, "scale": self.scale.tolist()}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Scaling:
+        """Undo :meth:`to_json`."""
+        shift = None if stored["shift"] is None else torch.tensor(stored["shift"])
+        return cls(shift, torch.tensor(stored["scale"]))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and, where there is one, test data, with the scaling for all three.
+
+    The scaling comes from the training part alone unless it is given.
+
+    Raises:
+        InputError: the parts differ in classes or shape, or the training part is empty.
+    """
+
+    train: Dataset
+    valid: Dataset
+    test: Dataset | None = None
+    scaling: Scaling = field(default=None)  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        for name, part in (("valid", self.valid), ("test", self.test)):
+            if part is not None:
+                _same_kind(self.train, part, name)
+        for name, part in (("train", self.train), ("valid", self.valid)):
+            if len(part) == 0:
+                raise InputError(f"{self.train.name}: the {name} part is empty; give more data.")
+        if self.scaling is None:
+            object.__setattr__(self, "scaling", Scaling.of(self.train.x))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example: (F,) or (C, H, W)."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """The label of each class, in order."""
+        return self.train.classes
+
+    def fingerprint(self) -> str:
+        """One digest over all parts."""
+        parts = [p.fingerprint() for p in (self.train, self.valid, self.test) if p is not None]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _same_kind(train: Dataset, part: Dataset, name: str) -> None:
+    if part.classes != train.classes:
+        raise InputError(
+            f"{train.name}: the {name} part has classes {_some(part.classes)}, the training part "
+            f"{_some(train.classes)}; both must name the same classes in the same order."
+        )
+    if part.x.shape[1:] != train.x.shape[1:] or part.x.dtype != train.x.dtype:
+        raise InputError(
+            f"{train.name}: examples of the {name} part have shape {tuple(part.x.shape[1:])} and "
+            f"type {part.x.dtype}, those of the training part {tuple(train.x.shape[1:])} and "
+            f"{train.x.dtype}; convert one to the other."
+        )
+
+
+def dataset(
+    x: Any,
+    y: Any,
+    *,
+    classes: tuple[Any, ...] | None = None,
+    weight: Any = None,
+    features: tuple[str, ...] | None = None,
+    name: str = "data",
+) -> Dataset:
+    """Check arrays or tensors and hold them as a :class:`Dataset`.
+
+    Args:
+        x: (N, F) rows, (N, H, W) grey images, or (N, C, H, W) or (N, H, W, C) images. Bytes
+            stay bytes; every other number becomes float32.
+        y: (N,) labels of any sortable kind.
+        classes: all labels that may occur, sorted; by default those that do.
+        weight: (N,) finite weights of at least 0.
+        features: column names of rows.
+        name: what errors call the data.
+
+    Raises:
+        InputError: shapes, NaN or infinite cells, unknown labels, fewer than two classes, or
+            fewer examples than classes; the text says where.
+    """
+    held = examples(x, name)
+    labels = _labels(y, len(held), name)
+    found = np.unique(labels)
+    order = found if classes is None else np.asarray(classes)
+    index = np.searchsorted(order, labels).clip(max=len(order) - 1)
+    wrong = np.flatnonzero(order[index] != labels)
+    if len(wrong):
+        raise InputError(
+            f"{name}: the label {labels[wrong[0]].item()!r} of example {wrong[0]} is none of the "
+            f"known classes {_some(tuple(order.tolist()))}; correct the label."
+        )
+    if len(order) < 2:
+        raise InputError(
+            f"{name}: needs at least two classes to tell apart, got only {_some(tuple(order))}; "
+            "add examples of another class."
+        )
+    if classes is None and len(held) < len(order):
+        raise InputError(f"{name}: has fewer examples ({len(held)}) than classes ({len(order)}).")
+    return Dataset(
+        held,
+        torch.from_numpy(index.astype(np.int64)),
+        tuple(order.tolist()),
+        _weights(weight, len(held), name),
+        features,
+        name,
+    )
+
+
+def examples(x: Any, name: str) -> Tensor:
+    """Check examples and hold them as (N, F) or (N, C, H, W), uint8 or float32."""
+    held = x.detach().cpu() if isinstance(x, Tensor) else _tensor(np.asarray(x), name)
+    if held.ndim == 3:
+        held = held.unsqueeze(1)
+    elif held.ndim == 4 and held.shape[1] not in (1, 3, 4) and held.shape[3] in (1, 3, 4):
+        held = held.permute(0, 3, 1, 2)
+    if held.ndim not in (2, 4) or 0 in held.shape:
+        raise InputError(
+            f"{name}: examples must be (N, features) rows or (N, C, H, W), (N, H, W, C) or "
+            f"(N, H, W) images with nothing empty, got shape {tuple(held.shape)}."
+        )
+    if held.dtype != torch.uint8:
+        if held.is_complex():
+            raise InputError(f"{name}: examples must be real numbers, got {held.dtype}.")
+        held = held.to(torch.float32)
+        refuse_non_finite(held, name)
+    return held.contiguous()
+
+
+def _tensor(array: np.ndarray[Any, Any], name: str) -> Tensor:
+    if array.dtype.kind not in "buif":
+        raise InputError(
+            f"{name}: examples must be numbers, got {array.dtype}; encode text and categories as "
+            "numbers first."
+        )
+    if array.dtype.kind == "u" and array.dtype != np.uint8:
+        array = array.astype(np.int64)
+    # torch shares the memory of an array and wants it writable and in native byte order.
+    return torch.from_numpy(np.require(array.astype(array.dtype.newbyteorder("=")), None, "CW"))
+
+
+def refuse_non_finite(x: Tensor, name: str, columns: tuple[str, ...] | None = None) -> None:
+    """Raise InputError naming the first NaN or infinite cell of ``x``, if there is one."""
+    if torch.isfinite(x.sum()):  # one cheap pass; an overflowing sum is looked at below
+        return
+    bad = (~torch.isfinite(x)).nonzero()
+    if not len(bad):
+        return
+    row, rest = int(bad[0, 0]), tuple(bad[0, 1:].tolist())
+    where = f"column {columns[rest[0]]!r}" if columns else f"position {rest}"
+    value = x[tuple(bad[0].tolist())].item()
+    raise InputError(
+        f"{name}: row {row} (counted from 0), {where} is {value}; every cell must be a finite "
+        "float32 number. Drop or fill such rows."
+    )
+
+
+def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
+    labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if labels.shape != (count,):
+        raise InputError(
+            f"{name}: needs one label per example, shape ({count},), got labels of shape "
+            f"{labels.shape}."
+        )
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            row = int(np.flatnonzero(~np.isfinite(labels))[0])
+            raise InputError(f"{name}: the label of row {row} (counted from 0) is {labels[row]}.")
+        if (labels != np.rint(labels)).any():
+            raise InputError(
+                f"{name}: labels are fractions such as {labels[labels != np.rint(labels)][0]}; "
+                "a classifier needs classes."
+            )
+    elif labels.dtype.kind == "O":
+        missing = [i for i, v in enumerate(labels) if v is None or v != v]
+        if missing:
+            raise InputError(f"{name}: the label of row {missing[0]} (counted from 0) is missing.")
+        if len({type(v) for v in labels}) > 1:
+            raise InputError(f"{name}: labels mix types; make them all text or all numbers.")
+    elif labels.dtype.kind not in "biuUS":
+        raise InputError(f"{name}: labels must be numbers or text, got {labels.dtype}.")
+    return labels
+
+
+def _weights(weight: Any, count: int, name: str) -> Tensor | None:
+    if weight is None:
+        return None
+    held = torch.as_tensor(np.asarray(weight), dtype=torch.float32)
+    if held.shape != (count,):
+        raise InputError(f"{name}: weights must have shape ({count},), got {tuple(held.shape)}.")
+    if not (torch.isfinite(held).all() and (held >= 0).all() and held.sum() > 0):
+        raise InputError(f"{name}: weights must be finite, at least 0, and not all 0.")
+    return held
+
+
+def split(
+    data: Dataset,
+    *,
+    test: Dataset | float | None = 0.2,
+    valid: float = 0.2,
+    seed: int = 0,
+) -> Splits:
+    """Cut ``data`` into training, validation and test parts by a seeded permutation.
+
+    ``test`` is a held-out data set of its own, the share of ``data`` to hold out, or None for
+    no test part; ``valid`` is the share of what then remains. Data that come with a test set
+    are cut by the plain permutation that published protocols use; otherwise every part keeps
+    the shares of the classes.
+
+    Raises:
+        InputError: a share outside (0, 1), or too few examples to fill every part.
+    """
+    for name, share in (("valid", valid), ("test", test)):
+        if isinstance(share, float | int) and not 0 < share < 1:
+            raise InputError(f"{name} must lie in (0, 1), got {share!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(test, Dataset):
+        kept, held = _cut(torch.randperm(len(data), generator=generator), valid, data.name)
+        return Splits(data.take(kept), data.take(held), test)
+    rest, out = data, None
+    if test is not None:
+        rest, out = _stratified_cut(data, test, generator)
+    train, held_out = _stratified_cut(rest, valid, generator)
+    return Splits(train, held_out, out)
+
+
+def _cut(order: Tensor, share: float, name: str) -> tuple[Tensor, Tensor]:
+    held = round(share * len(order))
+    if not 0 < held < len(order):
+        raise InputError(
+            f"{name}: {len(order)} examples are too few to hold out a share of {share}; "
+            "give more data."
+        )
+    return order[: len(order) - held], order[len(order) - held :]
+
+
+def _stratified_cut(
+    data: Dataset, share: float, generator: torch.Generator
+) -> tuple[Dataset, Dataset]:
+    """Cut so that each class is split in the same ratio, and the parts are in random order."""
+    order = torch.randperm(len(data), generator=generator)
+    # Deal the classes out one after another: then every run of 1/share examples gives one.
+    dealt = order[torch.argsort(data.y[order], stable=True)]
+    total = round(share * len(data))
+    if not 0 < total < len(data):
+        raise InputError(
+            f"{data.name}: {len(data)} examples are too few to hold out a share of {share}; "
+            "give more data."
+        )
+    place = torch.arange(len(data))
+    held = (place + 1) * total // len(data) > place * total // len(data)
+    parts = []
+    for mask in (~held, held):
+        part = dealt[mask]
+        parts.append(data.take(part[torch.randperm(len(part), generator=generator)]))
+    return parts[0], parts[1]
+
+
+class Batch(NamedTuple):
+    """One batch, scaled and on the device."""
+
+    x: Tensor  # (B, ...) float32
+    y: Tensor  # (B,) int64
+    weight: Tensor | None  # (B,) float32
+
+
+def chunks(order: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut ``order`` into runs of ``size``; a last run of one joins the run before it.
+
+    One example alone has no batch statistics (its variance over the batch is zero), and
+    torch refuses to normalize by them.
+    """
+    runs = order.split(size)
+    if len(runs) > 1 and len(runs[-1]) == 1 < size:
+        return (*runs[:-2], order[-(size + 1) :])
+    return runs
+
+
+def gather(data: Dataset, index: Tensor, scaling: Scaling, device: torch.device) -> Batch:
+    """Gather the examples at ``index`` (B,) and scale them on ``device``."""
+    x = scaling(data.x.index_select(0, index).to(device))
+    y = data.y.index_select(0, index).to(device)
+    weight = None if data.weight is None else data.weight.index_select(0, index).to(device)
+    return Batch(x, y, weight)
+
+
+def in_order(
+    data: Dataset, scaling: Scaling, device: torch.device, size: int = 1024
+) -> Iterator[Batch]:
+    """All examples in their stored order, ``size`` at a time."""
+    for start in range(0, len(data), size):
+        rows = slice(start, start + size)
+        weight = None if data.weight is None else data.weight[rows].to(device)
+        yield Batch(scaling(data.x[rows].to(device)), data.y[rows].to(device), weight)
+
+
+def shifted(x: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Move each image of (B, C, H, W) by up to ``pixels`` in both directions, zero-filled."""
+    batch, channels, height, width = x.shape
+    padded = torch.nn.functional.pad(x, (pixels,) * 4)
+    span = 2 * pixels + 1
+    moves = torch.randint(span, (2, batch, 1, 1), generator=generator).to(x.device)
+    rows = torch.arange(height, device=x.device).view(1, -1, 1) + moves[0]
+    columns = torch.arange(width, device=x.device).view(1, 1, -1) + moves[1]
+    cells = (rows * padded.shape[-1] + columns).view(batch, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, cells).view_as(x)
+
+
+def _some(values: tuple[Any, ...], most: int = 8) -> str:
+    """A short list for a message."""
+    shown = ", ".join(repr(v) for v in values[:most])
+    return shown + (f", ... ({len(values)} in all)" if len(values) > most else "")

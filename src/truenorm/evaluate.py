@@ -1,0 +1,183 @@
+"""What a trained model does on data: loss, accuracy, confusion, worst errors, norms seen at work.
+
+Everything runs in eval mode, so running statistics are used and none is written; the mode
+of every module is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from truenorm.data import Dataset, Scaling, in_order
+from truenorm.errors import InputError
+from truenorm.layers import NORMS
+
+
+class Scores(NamedTuple):
+    """Mean cross entropy (nats) and accuracy (0 to 1) over examples, by their weights."""
+
+    loss: float
+    accuracy: float
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode for the body, and every module back in its own after it."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[object]:
+    """bf16 autocast on ``device``, or nothing."""
+    if not enabled:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@torch.no_grad()
+def logits_of(
+    model: nn.Module, data: Dataset, scaling: Scaling, device: torch.device, *, amp: bool = False
+) -> Tensor:
+    """The model's logits (N, K) in float32 on the CPU, for all examples in order."""
+    with evaluating(model), autocast(device, amp):
+        return torch.cat([model(b.x).float().cpu() for b in in_order(data, scaling, device)])
+
+
+def score(logits: Tensor, data: Dataset) -> Scores:
+    """Scores of ``logits`` (N, K). Every example counts by its weight, whatever its batch.
+
+    Raises:
+        InputError: the logits do not have one column per class.
+    """
+    if logits.ndim != 2 or logits.shape[1] < len(data.classes):
+        raise InputError(
+            f"the model must give (N, {len(data.classes)}) logits, one per class, got shape "
+            f"{tuple(logits.shape)}."
+        )
+    right = (logits.argmax(1) == data.y).float()
+    if data.weight is None:
+        return Scores(F.cross_entropy(logits, data.y).item(), right.mean().item())
+    losses = F.cross_entropy(logits, data.y, reduction="none")
+    total = data.weight.sum()
+    return Scores(
+        ((losses * data.weight).sum() / total).item(), ((right * data.weight).sum() / total).item()
+    )
+
+
+def confusion(logits: Tensor, data: Dataset) -> Tensor:
+    """(K, K) counts: row the true class, column the predicted one."""
+    classes = len(data.classes)
+    cells = data.y * classes + logits.argmax(1)
+    return torch.bincount(cells, minlength=classes**2)[: classes**2].view(classes, classes)
+
+
+class Mistake(NamedTuple):
+    """One misclassified example."""
+
+    index: int
+    true: int
+    predicted: int
+    confidence: float  # probability given to the wrong class
+
+
+def worst(logits: Tensor, data: Dataset, most: int = 24) -> list[Mistake]:
+    """The misclassified examples whose true class got the least probability, worst first."""
+    probabilities = logits.softmax(1)
+    predicted = logits.argmax(1)
+    of_true = probabilities.gather(1, data.y[:, None]).squeeze(1)
+    wrong = (predicted != data.y).nonzero().squeeze(1)
+    order = wrong[of_true[wrong].argsort()][:most]
+    return [
+        Mistake(
+            i, int(data.y[i]), int(predicted[i]), float(probabilities[i, int(predicted[i])])
+        )
+        for i in order.tolist()
+    ]
+
+
+class Histogram(NamedTuple):
+    """Counts in equal bins between ``low`` and ``high``."""
+
+    counts: list[int]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class NormView:
+    """One normalization at work on a batch in eval mode, and what it has learned.
+
+    Attributes:
+        name: its dotted name in the model.
+        kind: its class.
+        before, after: distributions of its input and output values.
+        running_mean, running_var: (C,) running statistics, where it keeps them.
+        weight, bias: (C,) gamma and beta, where it has them.
+    """
+
+    name: str
+    kind: str
+    before: Histogram
+    after: Histogram
+    running_mean: list[float] | None
+    running_var: list[float] | None
+    weight: list[float] | None
+    bias: list[float] | None
+
+
+@torch.no_grad()
+def view_norms(
+    model: nn.Module, data: Dataset, scaling: Scaling, device: torch.device
+) -> list[NormView]:
+    """Look at every normalization while the first 1,024 examples pass through."""
+    seen: dict[str, tuple[Histogram, Histogram]] = {}
+    handles = []
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
+    for name, module in norms.items():
+
+        def look(_: nn.Module, x: tuple[Tensor, ...], y: Tensor, name: str = name) -> None:
+            seen[name] = (_histogram(x[0]), _histogram(y))
+
+        handles.append(module.register_forward_hook(look))
+    try:
+        with evaluating(model):
+            model(next(in_order(data, scaling, device)).x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        NormView(
+            name, type(module).__name__.lstrip("_"), *seen[name],
+            *(_values(getattr(module, a, None))
+              for a in ("running_mean", "running_var", "weight", "bias")),
+        )  # fmt: skip
+        for name, module in norms.items()
+        if name in seen
+    ]
+
+
+def _histogram(x: Tensor, bins: int = 60) -> Histogram:
+    flat = x.detach().float().flatten().cpu()
+    flat = flat[torch.isfinite(flat)]
+    if not len(flat):
+        return Histogram([0] * bins, 0.0, 1.0)
+    low, high = flat.min().item(), flat.max().item()
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return Histogram([int(c) for c in torch.histc(flat, bins, low, high)], low, high)
+
+
+def _values(tensor: Tensor | None) -> list[float] | None:
+    return None if tensor is None else [float(v) for v in tensor.detach().flatten().cpu()]
