@@ -104,8 +104,8 @@ _ONE_CYCLE: dict[str, Any] = {
 # How these were chosen, with n, spread and commands: docs/recipes.md.
 _PACES = {
     "mlp": _Pace(6, 256, {**_ONE_CYCLE, "lr": 0.02}),
-    "convnet": _Pace(10, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 2, "amp": "auto"}),
-    "resnet": _Pace(10, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 2, "amp": "auto"}),
+    "convnet": _Pace(6, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 1, "amp": "auto"}),
+    "resnet": _Pace(6, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 1, "amp": "auto"}),
     "transformer": _Pace(
         15, 128, {**_ONE_CYCLE, "lr": 0.002, "optimizer": "adamw", "weight_decay": 0.05}
     ),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from truenorm.data import Dataset, Scaling, in_order
+from truenorm.data import Dataset, Scaling, Splits, in_order
 from truenorm.errors import InputError
 from truenorm.layers import NORMS
 
@@ -166,6 +166,42 @@ def view_norms(
         for name, module in norms.items()
         if name in seen
     ]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a trained model does on held-out data.
+
+    Attributes:
+        part: which part of the data was judged: "test", or "validation" if there is no test.
+        data: its examples.
+        scores: loss and accuracy.
+        confusion: (K, K) counts, row true, column predicted.
+        mistakes: the worst misclassified examples.
+        norms: every normalization at work.
+    """
+
+    part: str
+    data: Dataset
+    scores: Scores
+    confusion: Tensor
+    mistakes: list[Mistake]
+    norms: list[NormView]
+
+
+def judge(model: nn.Module, splits: Splits) -> Judgement:
+    """Judge ``model``, where it lies, on the test part, in float32."""
+    part, data = ("validation", splits.valid) if splits.test is None else ("test", splits.test)
+    device = next(model.parameters()).device
+    logits = logits_of(model, data, splits.scaling, device)
+    return Judgement(
+        part,
+        data,
+        score(logits, data),
+        confusion(logits, data),
+        worst(logits, data),
+        view_norms(model, data, splits.scaling, device),
+    )
 
 
 def _histogram(x: Tensor, bins: int = 60) -> Histogram:

@@ -1,7 +1,9 @@
-"""Adam, AdamW and SGD through torch's functional forms, and which parameters decay.
+"""Adam, AdamW and SGD by torch's fused updates, and which parameters decay.
 
-The update is torch's own. What is left out is the bookkeeping of ``Optimizer.step`` (hooks,
-capture checks, lookups by parameter), which costs a small network a fifth of each step.
+The arithmetic is torch's own. What is left out is the bookkeeping around it in
+``torch.optim`` (hooks, capture checks, grouping, lookups by parameter), which costs a small
+network a fifth of each step. The fused updates have no public name; this file is the one
+place that calls them.
 """
 
 from __future__ import annotations
@@ -12,15 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from truenorm.config import TrainConfig
 from truenorm.errors import InputError
 from truenorm.layers import NORMS
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices whose fused update torch has
 
 
 def decaying(model: nn.Module) -> set[Tensor]:
@@ -42,12 +40,12 @@ class _Group:
     l1: float
     first: list[Tensor] = field(init=False)  # Adam's first moment, SGD's momentum
     second: list[Tensor] = field(init=False)  # Adam's second moment
-    steps: list[Tensor] = field(init=False)
+    steps: list[Tensor] = field(init=False)  # one tensor, many times, while all move together
 
     def __post_init__(self) -> None:
         self.first = [torch.zeros_like(p) for p in self.params]
         self.second = [torch.zeros_like(p) for p in self.params]
-        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        self.steps = [torch.zeros((), device=self.params[0].device)] * len(self.params)
 
 
 class Optimizer:
@@ -63,7 +61,6 @@ class Optimizer:
             raise InputError("the model has no parameter with requires_grad; nothing to train.")
         self.rule, self.clip_norm = config.optimizer, config.clip_norm
         self.params = trainable
-        self.fused = True if all(p.device.type in _FUSED for p in trainable) else None
         decay, l1 = config.weight_decay, config.l1
         if not (decay or l1):
             self.groups = [_Group(trainable, 0.0, 0.0)]
@@ -78,50 +75,56 @@ class Optimizer:
         for p in self.params:
             p.grad = None
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter that has a gradient."""
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.params, self.clip_norm, foreach=True)
-        for group in self.groups:
-            self._update(group, lr)
+        with torch.no_grad():
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.params, self.clip_norm, foreach=True)
+            for group in self.groups:
+                self._update(group, lr)
 
     def _update(self, group: _Group, lr: float) -> None:
-        # A parameter the forward pass did not use has no gradient, and keeps its state.
-        used = [i for i, p in enumerate(group.params) if p.grad is not None]
-        if not used:
+        params, first, second, steps = group.params, group.first, group.second, group.steps
+        grads = [p.grad for p in params]
+        if any(g is None for g in grads):
+            # What the forward pass did not use has no gradient, and keeps its state.
+            steps = group.steps = [s.clone() for s in steps]
+            used = [i for i, g in enumerate(grads) if g is not None]
+            params, grads, first, second, steps = (  # type: ignore[assignment]
+                [held[i] for i in used] for held in (params, grads, first, second, steps)
+            )
+        if not grads:
             return
-        params, first, second, steps = (
-            held if len(used) == len(held) else [held[i] for i in used]
-            for held in (group.params, group.first, group.second, group.steps)
-        )
-        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[union-attr, misc]
+        for counter in {id(s): s for s in steps}.values():
+            counter += 1
         if group.l1:
             torch._foreach_add_(grads, [p.sign() for p in params], alpha=group.l1)
         rate: dict[str, Any] = {"lr": lr, "weight_decay": group.weight_decay, "maximize": False}
         if self.rule == "sgd":
-            torch._foreach_add_(steps, 1)
-            # Fused SGD cannot start from no momentum; zeros give the same first step.
-            sgd(params, grads, first, fused=self.fused, momentum=0.9, dampening=0.0,
-                nesterov=True, **rate)  # fmt: skip
+            # Zero momentum is where torch's SGD, whose first step sets it, would start from.
+            torch._fused_sgd_(
+                params, grads, first,
+                momentum=0.9, dampening=0.0, nesterov=True, is_first_step=False, **rate,
+            )  # fmt: skip
             return
-        update = adam if self.rule == "adam" else adamw
-        update(params, grads, first, second, [], steps, fused=self.fused, amsgrad=False,
-               beta1=0.9, beta2=0.999, eps=1e-8, **rate)  # fmt: skip
+        update = torch._fused_adam_ if self.rule == "adam" else torch._fused_adamw_
+        update(
+            params, grads, first, second, [], steps,
+            beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False, **rate,
+        )  # fmt: skip
 
-    def state(self) -> dict[str, list[Tensor]]:
-        """The live state tensors, in a fixed order."""
-        return {
-            name: [t for group in self.groups for t in getattr(group, name)]
-            for name in ("first", "second", "steps")
-        }
+    def state(self) -> list[dict[str, list[Tensor]]]:
+        """The live state tensors of each group."""
+        names = ("first", "second", "steps")
+        return [{name: getattr(group, name) for name in names} for group in self.groups]
 
-    @torch.no_grad()
-    def load(self, state: dict[str, list[Tensor]]) -> None:
-        """Copy back what :meth:`state` gave."""
-        for name, held in self.state().items():
-            for mine, stored in zip(held, state[name], strict=True):
-                mine.copy_(stored)
+    def load(self, state: list[dict[str, list[Tensor]]]) -> None:
+        """Take over what :meth:`state` gave, on each parameter's own device."""
+        for group, stored in zip(self.groups, state, strict=True):
+            for name, tensors in stored.items():
+                held = getattr(group, name)
+                moved = [t.to(h.device) for t, h in zip(tensors, held, strict=True)]
+                setattr(group, name, moved)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import truenorm
 from truenorm.config import TrainConfig
-from truenorm.data import Scaling
+from truenorm.data import Dataset, Scaling, Splits
 from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 
@@ -217,24 +217,34 @@ class Trained:
     model: nn.Module
     scaling: Scaling
     input_shape: tuple[int, ...]
+    input_type: str  # of stored examples: torch.uint8 or torch.float32
     classes: tuple[Any, ...]
     features: tuple[str, ...] | None
     target: str | None
 
+    def accept(self, x: Tensor, name: str) -> Dataset:
+        """Hold examples (N, ...) for prediction.
 
-def describe(
-    request: Request,
-    scaling: Scaling,
-    input_shape: tuple[int, ...],
-    classes: tuple[Any, ...],
-    features: tuple[str, ...] | None,
-) -> dict[str, Any]:
+        Raises:
+            InputError: they are not of the shape and type the model was trained on.
+        """
+        if tuple(x.shape[1:]) != self.input_shape or str(x.dtype) != self.input_type:
+            raise InputError(
+                f"{name}: examples have shape {tuple(x.shape[1:])} and type {x.dtype}, the model "
+                f"was trained on {self.input_shape} and {self.input_type}; convert them."
+            )
+        return Dataset(x, torch.zeros(len(x), dtype=torch.int64), self.classes, name=name)
+
+
+def describe(request: Request, splits: Splits) -> dict[str, Any]:
     """What :func:`load_model` needs beside the weights, as plain JSON values."""
+    features = splits.train.features
     return {
         "spec": None if request.spec is None else request.spec.to_json(),
-        "scaling": scaling.to_json(),
-        "input_shape": list(input_shape),
-        "classes": list(classes),
+        "scaling": splits.scaling.to_json(),
+        "input_shape": list(splits.input_shape),
+        "input_type": str(splits.train.x.dtype),
+        "classes": list(splits.classes),
         "features": None if features is None else list(features),
         "target": request.target,
         "version": truenorm.__version__,
@@ -273,6 +283,7 @@ def load_model(folder: Path | str) -> Trained:
         model.eval(),
         Scaling.from_json(about["scaling"]),
         shape,
+        about["input_type"],
         tuple(about["classes"]),
         features,
         about["target"],

@@ -75,16 +75,18 @@ def load_for_prediction(
     classes: tuple[Any, ...],
     features: tuple[str, ...] | None,
     target: str | None,
+    grey: bool | None = None,
 ) -> tuple[torch.Tensor, Dataset | None]:
     """Load what a trained model is to judge: examples, and a data set if labels are known.
 
     A source that brings its own test set gives that; any other gives all its examples.
-    ``features`` are the columns the model was trained on; they are taken by name.
+    ``features`` are the columns the model was trained on; they are taken by name. ``grey``
+    says whether images of a folder become grey or colour; by default as most files need.
 
     Raises:
         InputError: nothing such exists, it does not parse, or a column is missing.
     """
-    found = read(source, target=target, features=features, labels_needed=False)
+    found = read(source, target=target, features=features, labels_needed=False, grey=grey)
     pool = found.train if found.test is None else found.test
     x = examples(pool.x, pool.name)
     if pool.y is None:
@@ -103,6 +105,7 @@ def read(
     target: str | None = None,
     features: tuple[str, ...] | None = None,
     labels_needed: bool = True,
+    grey: bool | None = None,
 ) -> Source:
     """Find the reader of ``source`` by its name or by what lies at its path, and read it.
 
@@ -118,8 +121,9 @@ def read(
             f"({', '.join(EMBEDDED)}); correct the path."
         )
     if path.is_dir():
-        is_idx = any(_is_idx_name(p.name) for p in path.iterdir())
-        return (_read_idx_folder if is_idx else _read_image_folder)(path, labels_needed)
+        if any(_is_idx_name(p.name) for p in path.iterdir()):
+            return _read_idx_folder(path, labels_needed)
+        return _read_image_folder(path, labels_needed, grey)
     if path.suffix == ".npz":
         return _read_npz(path, labels_needed)
     if path.suffix in (".csv", ".parquet"):
@@ -263,18 +267,19 @@ _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".we
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "valid")
 
 
-def _read_image_folder(folder: Path, labels_needed: bool) -> Source:
+def _read_image_folder(folder: Path, labels_needed: bool, grey: bool | None) -> Source:
     below = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
     train = next((below[n] for n in _TRAIN_FOLDERS if n in below), None)
     test = next((below[n] for n in _TEST_FOLDERS if n in below), None)
     if train is None:
-        return Source(_image_pool(folder, labels_needed), None)
-    pool = _image_pool(train, labels_needed)
-    grey = pool.x.ndim == 3
-    return Source(pool, None if test is None else _image_pool(test, labels_needed, grey))
+        return Source(_image_pool(folder, labels_needed, grey), None)
+    pool = _image_pool(train, labels_needed, grey)
+    if test is None:
+        return Source(pool, None)
+    return Source(pool, _image_pool(test, labels_needed, grey=pool.x.ndim == 3))
 
 
-def _image_pool(folder: Path, labels_needed: bool, grey: bool | None = None) -> Pool:
+def _image_pool(folder: Path, labels_needed: bool, grey: bool | None) -> Pool:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [(f, c.name) for c in classes for f in _images_in(c)]
     if not files and not labels_needed:

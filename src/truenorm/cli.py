@@ -1,0 +1,194 @@
+"""The command line: one thin function per command that parses, calls and prints.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+import truenorm
+from truenorm.config import TrainConfig, config_help
+from truenorm.errors import InputError
+
+DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
+
+
+def _settings() -> type[Any]:
+    """TrainConfig with every field optional: what is not said is the recipe's choice."""
+    hints, help_of = typing.get_type_hints(TrainConfig), config_help()
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(TrainConfig):
+        kind = hints[f.name]
+        optional = kind if isinstance(kind, types.UnionType) else kind | None
+        negative: dict[str, Any] = {} if kind is bool else {"negative": ""}
+        told = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
+        fields.append((f.name, told, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
+
+
+Settings = _settings()
+Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
+
+app = App(
+    name="truenorm",
+    help="Batch normalization you can trust, for PyTorch.",
+    version=truenorm.__version__,
+    version_flags=["--version"],
+)
+
+
+@app.command
+def train(
+    *,
+    data: str = "mnist",
+    target: str | None = None,
+    model: str = "mlp",
+    norm: str = "batch",
+    norm_position: str = "before",
+    widths: str | None = None,
+    dropout: float = 0.0,
+    recipe: str = "default",
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+    settings: Annotated[Settings, Parameter(name="*", group="Training")] = Settings(),  # type: ignore[valid-type]  # noqa: B008
+) -> int:
+    """Train a classifier, stop it at the right epoch, restore it, and test it.
+
+    Parameters
+    ----------
+    data
+        mnist, digits, breast_cancer, wine, iris; a folder of IDX files or of images per
+        class; a .npz, .csv or .parquet file.
+    target
+        The label's column of a .csv or .parquet file.
+    model
+        mlp, convnet, resnet or transformer.
+    norm
+        none, batch, layer, group, instance or rms.
+    norm_position
+        before or after the activation (transformer: pre-norm or post-norm).
+    widths
+        Hidden units or channels, like 256,128.
+    dropout
+        Probability of dropping a hidden unit.
+    recipe
+        default, or classic: the textbook protocol. Training options given below win over it.
+    run_dir
+        The run's own folder; by default a new one in runs/.
+    resume
+        Continue the run in this folder; takes no other choice.
+    quiet
+        Print nothing but the result.
+    """
+    from truenorm import job
+    from truenorm.report import console, html
+
+    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+    if resume is not None:
+        others = (data, target, model, norm, norm_position, widths, dropout, recipe, run_dir)
+        if given or others != ("mnist", None, "mlp", "batch", "before", None, 0.0, "default", None):
+            raise InputError(
+                "--resume takes every choice from the run; leave out all but --quiet and --json."
+            )
+        work = job.resume(resume)
+    else:
+        spec = job.ModelSpec(
+            name=model,  # type: ignore[arg-type]  # checked there
+            norm=norm,  # type: ignore[arg-type]
+            norm_position=norm_position,  # type: ignore[arg-type]
+            widths=_widths(widths),
+            dropout=dropout,
+        )
+        work = job.start(
+            data, spec, target=target, recipe=recipe, changes=given, folder=run_dir
+        )
+    ended = work.run.result()
+    if ended is not None:
+        console.result(ended, as_json=json)
+        return OUTCOMES.get(ended["stopped"], DONE)
+    with console.following(work, quiet=quiet, as_json=json) as observe:
+        outcome = work.execute(observe)
+    if outcome.judgement is not None:
+        work.run.save_report(html.render(work, outcome))
+    console.result(outcome.result, as_json=json)
+    return OUTCOMES.get(outcome.history.stopped, DONE)
+
+
+@app.command
+def predict(
+    run: Path,
+    data: str,
+    *,
+    target: str | None = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Write each example's class and class probabilities, as CSV.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    data
+        A data source like those of train, labels or not. One with a test set of its own
+        gives that.
+    target
+        The label's column, to state the accuracy; by default the run's.
+    out
+        The file to write; by default the standard output.
+    """
+    from truenorm import predict as prediction
+    from truenorm.report import console
+
+    predicted = prediction.predict(run, data, target=target)
+    console.predictions(predicted, out, as_json=json)
+    return DONE
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(w) for w in text.split(",") if w.strip())
+    except ValueError as error:
+        raise InputError(f"widths must be integers like 256,128, got {text!r}.") from error
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 for what the user must mend, 130 interrupted."""
+    tokens = sys.argv[1:] if tokens is None else tokens
+    try:
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        code = command(*bound.args, **bound.kwargs)
+    except (InputError, CycloptsError, OSError, MemoryError) as error:
+        _refuse(_text_of(error), as_json="--json" in tokens)
+        code = MENDABLE
+    except KeyboardInterrupt:
+        _refuse("interrupted before training began.", as_json="--json" in tokens)
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _text_of(error: BaseException) -> str:
+    if isinstance(error, CycloptsError):
+        return f"{error} See truenorm --help."
+    return str(error) or type(error).__name__
+
+
+def _refuse(text: str, *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps({"error": text}))
+    print(f"truenorm: {text}", file=sys.stderr)

@@ -1,0 +1,160 @@
+"""The main job, whole: load, build, fit, judge, save; started anew or resumed."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from truenorm import run as runs
+from truenorm import sources
+from truenorm.config import recipe as recipe_for
+from truenorm.data import Splits
+from truenorm.errors import InputError
+from truenorm.evaluate import Judgement, judge
+from truenorm.models import ModelSpec, build
+from truenorm.run import Request, Run
+from truenorm.train import History, Observer, fit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to.
+
+    ``judgement`` is None where no epoch was completed, so that nothing was learned.
+    """
+
+    history: History
+    result: dict[str, Any]
+    judgement: Judgement | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run folder, what was asked of it, and the data."""
+
+    run: Run
+    request: Request
+    splits: Splits
+
+    def execute(self, observe: Observer | None = None) -> Outcome:
+        """Train, restore the best epoch, judge it on the test part, and save it.
+
+        Raises:
+            InputError: model, data and config do not fit, or a file cannot be written; then
+                the last checkpoint is intact and the run can be resumed.
+        """
+        spec, splits = self.request.spec, self.splits
+        assert spec is not None, "only Python callers train modules without a spec"
+        config = self.request.train
+        model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
+        history = fit(model, splits, config, run=self.run, observe=observe)
+        judgement = None
+        if history.best_epoch:
+            judgement = judge(model, splits)
+            self.run.save_model(model, runs.describe(self.request, splits))
+        result = self._result(model, history, judgement)
+        if history.stopped != "interrupted":  # an interrupted run can still be resumed
+            self.run.save_result(result)
+        return Outcome(history, result, judgement)
+
+    def _result(
+        self, model: nn.Module, history: History, judgement: Judgement | None
+    ) -> dict[str, Any]:
+        """What programs read: of train, the object that --json prints."""
+        best, splits = history.best, self.splits
+        tested = judgement.scores if judgement is not None and splits.test is not None else None
+        assert self.request.spec is not None
+        return {
+            "run": str(self.run.folder),
+            "data": self.request.data,
+            "model": self.request.spec.name,
+            "norm": self.request.spec.norm,
+            "recipe": self.request.recipe,
+            "seed": self.request.train.seed,
+            "epochs": len(history.epochs),
+            "best_epoch": history.best_epoch,
+            "stopped": history.stopped,
+            "restored": history.best_epoch > 0,
+            "train_loss": best.train_loss if best else None,
+            "val_loss": best.valid_loss if best else None,
+            "val_accuracy": best.valid_accuracy if best else None,
+            "test_loss": tested.loss if tested else None,
+            "test_accuracy": tested.accuracy if tested else None,
+            "fit_seconds": history.seconds,
+            "fault": history.fault,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_examples": len(splits.train),
+            "val_examples": len(splits.valid),
+            "test_examples": 0 if splits.test is None else len(splits.test),
+            "device": str(next(model.parameters()).device),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def start(
+    data: str,
+    spec: ModelSpec,
+    *,
+    target: str | None = None,
+    recipe: str = "default",
+    changes: dict[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Job:
+    """Load ``data``, settle the config and claim a run folder.
+
+    Args:
+        data: a data source, as :func:`truenorm.load` takes it.
+        spec: the model.
+        target: the label's column, for tables.
+        recipe: ``default`` or ``classic``.
+        changes: fields of TrainConfig that win over the recipe's.
+        folder: the run folder; by default a new one in ``runs/``, named after the job.
+
+    Raises:
+        InputError: data, model, config or folder will not do.
+    """
+    changes = changes or {}
+    recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
+    source = data if data in sources.EMBEDDED else str(Path(data).absolute())
+    splits = sources.load(source, target=target, seed=changes.get("seed", 0))
+    build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    config = recipe_for(recipe, spec.name, len(splits.train), **changes)
+    request = Request(spec, config, recipe, source, target, splits.fingerprint())
+    return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
+
+
+def resume(folder: Path) -> Job:
+    """Take up the run in ``folder`` where its last checkpoint stands.
+
+    Raises:
+        InputError: there is no such run, it came from Python, or its data have changed.
+    """
+    run = Run.open(folder)
+    request = run.request()
+    if request.data is None or request.spec is None:
+        raise InputError(
+            f"{folder}: its data or model came from Python; resume it there with "
+            "truenorm.fit(..., run=truenorm.Run.open(folder))."
+        )
+    splits = sources.load(request.data, target=request.target, seed=request.train.seed)
+    if splits.fingerprint() != request.fingerprint:
+        raise InputError(
+            f"{request.data}: has changed since {folder} began; put the old data back, or start "
+            "a new run."
+        )
+    return Job(run, request, splits)
+
+
+def _new_folder(source: str, spec: ModelSpec) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{Path(source).stem}-{spec.name}-{spec.norm}-{stamp}"
+    folder, again = Path("runs") / name, 1
+    while folder.exists():
+        again += 1
+        folder = Path("runs") / f"{name}-{again}"
+    return folder

@@ -1,0 +1,179 @@
+"""What a command prints: progress and a line an epoch, the result, predictions; text or JSON.
+
+With --json, stdout carries one JSON object and nothing else; all that is for people goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from truenorm.job import Job
+from truenorm.predict import Prediction
+from truenorm.run import to_json, write_atomically
+from truenorm.train import Epoch, Observer
+from truenorm.train import Progress as Told
+
+
+@contextlib.contextmanager
+def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+    """Show a job while the body runs it: yields what to tell of progress.
+
+    In a terminal a bar with rate and time left stands under the epochs' lines; elsewhere, and
+    where CI is set, there are the lines alone.
+    """
+    if quiet:
+        yield None
+        return
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    _introduce(console, job)
+    lively = console.is_terminal and not os.environ.get("CI")
+    bar = Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not lively,
+    )
+    total = job.request.train.epochs * len(job.splits.train)
+    task = bar.add_task("", total=total, epoch="", rate="")
+
+    def observe(told: Told) -> None:
+        if told.record is not None:
+            console.print(_line(told.record, told.epochs))
+        speed = bar.tasks[task].speed
+        bar.update(
+            task,
+            completed=(told.epoch - 1) * told.total + told.done,
+            epoch=f"{told.epoch}/{told.epochs}",
+            rate=f"{speed:,.0f} examples/s" if speed else "",
+        )
+
+    with bar:
+        yield observe
+
+
+def _introduce(console: Console, job: Job) -> None:
+    splits, spec = job.splits, job.request.spec
+    config = job.request.train
+    sizes = [len(splits.train), len(splits.valid), 0 if splits.test is None else len(splits.test)]
+    shape = " x ".join(map(str, splits.input_shape))
+    assert spec is not None
+    console.print(
+        f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
+        f"test examples of {shape}, {len(splits.classes)} classes"
+    )
+    console.print(
+        f"{spec.name}, norm {spec.norm}; {job.request.recipe} recipe: {config.optimizer} "
+        f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
+        f"epochs, patience {config.patience}, seed {config.seed}"
+    )
+
+
+def _line(record: Epoch, epochs: int) -> str:
+    mark = "  [green]* best[/green]" if record.best else ""
+    width = len(str(epochs))
+    return (
+        f"epoch {record.epoch:{width}}/{epochs}  train loss {record.train_loss:.4f}  "
+        f"val loss {record.valid_loss:.4f}  val accuracy {record.valid_accuracy:7.2%}  "
+        f"{record.seconds:6.1f} s{mark}"
+    )
+
+
+_STOPPED = {
+    "early": "stopped early",
+    "finished": "all epochs done",
+    "interrupted": "interrupted",
+    "nan": "stopped by a loss that is not finite",
+}
+
+
+def result(values: dict[str, Any], *, as_json: bool) -> None:
+    """Print the result of a train command, and, on stderr, what there is to mend."""
+    if as_json:
+        print(to_json(values))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in _result_lines(values):
+            console.print(line, markup=False)
+    if values["fault"]:
+        print(f"truenorm: {values['fault']}", file=sys.stderr)
+
+
+def _result_lines(values: dict[str, Any]) -> Iterator[str]:
+    ended = f"{_STOPPED[values['stopped']]} after epoch {values['epochs']}"
+    if not values["restored"]:
+        yield f"{ended}; no epoch had a finite validation loss, so there is no model to keep"
+        return
+    yield (
+        f"{ended} ({values['fit_seconds']:.1f} s); restored epoch {values['best_epoch']}: "
+        f"val loss {values['val_loss']:.4f}, val accuracy {values['val_accuracy']:.2%}"
+    )
+    if values["test_accuracy"] is not None:
+        yield (
+            f"test accuracy {values['test_accuracy']:.2%} on {values['test_examples']:,} held-out "
+            "examples"
+        )
+    yield f"{values['run']}/report.html"
+    if values["stopped"] == "interrupted":
+        yield f"continue with: truenorm train --resume {values['run']}"
+
+
+def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> None:
+    """Write predictions as CSV to ``out`` or stdout; with ``as_json``, one object on stdout.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    if out is not None:
+        write_atomically(out, lambda path: path.write_text(_csv(predicted), "utf-8"))
+    scores = predicted.scores
+    if as_json:
+        about: dict[str, Any] = {
+            "run": predicted.run,
+            "data": predicted.data,
+            "examples": len(predicted.predicted),
+            "accuracy": scores.accuracy if scores else None,
+            "loss": scores.loss if scores else None,
+            "classes": list(predicted.classes),
+            "out": None if out is None else str(out),
+        }
+        if out is None:
+            about["predicted"] = predicted.predicted
+            about["probabilities"] = predicted.probabilities.tolist()
+        print(to_json(about))
+        return
+    if out is None:
+        sys.stdout.write(_csv(predicted))
+    told = f"{len(predicted.predicted):,} examples"
+    if scores is not None:
+        told += f", accuracy {scores.accuracy:.2%}"
+    print(told, file=sys.stderr)
+
+
+def _csv(predicted: Prediction) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", *(f"p({c})" for c in predicted.classes)])
+    for label, row in zip(predicted.predicted, predicted.probabilities.tolist(), strict=True):
+        writer.writerow([label, *(f"{p:.6g}" for p in row)])
+    return text.getvalue()

@@ -1,0 +1,163 @@
+"""The report's drawings: SVG whose colours are the page's own variables, for light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from truenorm.evaluate import Histogram, NormView
+from truenorm.train import History
+
+# Stand-ins that matplotlib can draw with; the finished SVG names the page's variables instead.
+_INK, _LINE, _QUIET, _MAIN, _MARK = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _LINE: "var(--line)",
+    _QUIET: "var(--quiet)",
+    _MAIN: "var(--main)",
+    _MARK: "var(--mark)",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+}
+
+
+def loss_curves(history: History) -> str:
+    """Training and validation loss by epoch, the best epoch marked."""
+    with _drawing("loss", 1) as figure:
+        axes = figure.axes[0]
+        epochs = [e.epoch for e in history.epochs]
+        axes.plot(epochs, [e.train_loss for e in history.epochs], color=_QUIET, label="training")
+        axes.plot(epochs, [e.valid_loss for e in history.epochs], color=_MAIN, label="validation")
+        _mark_best(axes, history, "valid_loss")
+        axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
+        return _svg(figure)
+
+
+def accuracy_curve(history: History) -> str:
+    """Validation accuracy by epoch, the best epoch marked."""
+    with _drawing("accuracy", 1) as figure:
+        axes = figure.axes[0]
+        epochs = [e.epoch for e in history.epochs]
+        percent = [100 * e.valid_accuracy for e in history.epochs]
+        axes.plot(epochs, percent, color=_MAIN, label="validation")
+        _mark_best(axes, history, "valid_accuracy", 100)
+        axes.set(xlabel="epoch", title="Accuracy (%)")
+        return _svg(figure)
+
+
+def distributions(view: NormView) -> str:
+    """What enters a norm and what leaves it, one above the other on one axis."""
+    with _drawing(f"distributions {view.name}", 2, sharex=True) as figure:
+        before, after = figure.axes
+        _bars(before, view.before, _QUIET, "before")
+        _bars(after, view.after, _MAIN, "after")
+        return _svg(figure)
+
+
+def per_channel(view: NormView) -> str:
+    """Running statistics, gamma and beta of every channel."""
+    rows = [
+        ("running mean", view.running_mean),
+        ("running variance", view.running_var),
+        ("gamma (weight)", view.weight),
+        ("beta (bias)", view.bias),
+    ]
+    kept = [(title, values) for title, values in rows if values is not None]
+    if not kept:
+        return ""
+    with _drawing(f"channels {view.name}", len(kept), width=4.6, height=3.0, columns=2) as figure:
+        for axes, (title, values) in zip(figure.axes, kept, strict=False):
+            axes.plot(values, ".", color=_MAIN, markersize=3)
+            axes.set_title(title)
+            if title == "running variance" and min(values) > 0 and max(values) > 50 * min(values):
+                axes.set_yscale("log")
+        return _svg(figure)
+
+
+def _bars(axes: Axes, histogram: Histogram, colour: str, title: str) -> None:
+    width = (histogram.high - histogram.low) / len(histogram.counts)
+    edges = [histogram.low + i * width for i in range(len(histogram.counts))]
+    axes.bar(edges, histogram.counts, width, align="edge", color=colour)
+    axes.set(yticks=[])
+    axes.set_title(title, loc="left")
+
+
+def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> None:
+    best = history.best
+    if best is not None:
+        value = getattr(best, field) * factor
+        axes.axvline(best.epoch, color=_MARK, linewidth=1, linestyle=":")
+        axes.plot([best.epoch], [value], "o", color=_MARK, label=f"best: epoch {best.epoch}")
+    axes.legend()
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+
+
+class _drawing:  # noqa: N801  # reads as a phrase: with _drawing("loss", 1) as figure
+    """A figure with ``panels`` axes, drawn in the page's style inside the body."""
+
+    def __init__(
+        self,
+        name: str,
+        panels: int,
+        *,
+        columns: int = 1,
+        sharex: bool = False,
+        width: float = 4.6,
+        height: float = 2.8,
+    ) -> None:
+        # Marks and clips are named by a hash; a salt of its own keeps two drawings apart.
+        self.style = matplotlib.rc_context({**_STYLE, "svg.hashsalt": name})
+        self.panels, self.columns, self.sharex = panels, columns, sharex
+        self.size = (width, height)
+
+    def __enter__(self) -> Figure:
+        self.style.__enter__()
+        figure = Figure(figsize=self.size, layout="constrained")
+        columns = min(self.columns, self.panels)
+        rows = -(-self.panels // columns)
+        first = None
+        for i in range(self.panels):
+            shared = first if self.sharex else None
+            axes = figure.add_subplot(rows, columns, i + 1, sharex=shared)
+            first = first or axes
+        return figure
+
+    def __exit__(self, *error: Any) -> None:
+        self.style.__exit__(*error)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that scales with the page."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    # matplotlib paints default black where a style names no fill; text must follow the page.
+    text = re.sub(r'<svg height="[^"]*" ', "<svg ", text)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
