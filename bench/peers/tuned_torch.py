@@ -32,9 +32,7 @@ def main():
     train_y, valid_y, test_y = (
         torch.from_numpy(y) for y in (data.train_y, data.valid_y, data.test_y)
     )
-    model = nn.Sequential(
-        nn.Linear(784, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)
-    )
+    model = nn.Sequential(nn.Linear(784, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=protocol.LR, fused=True)
 
     best, best_state, waited, goal = float("inf"), None, 0, None

@@ -28,11 +28,13 @@ def _settings() -> type[Any]:
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(TrainConfig):
         kind = hints[f.name]
-        optional = kind if isinstance(kind, types.UnionType) else kind | None
+        optional: Any = kind if isinstance(kind, types.UnionType) else kind | None
         negative: dict[str, Any] = {} if kind is bool else {"negative": ""}
         told = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
         fields.append((f.name, told, dataclasses.field(default=None)))
-    return dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
+    made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
+    made.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
+    return made
 
 
 Settings = _settings()
@@ -92,6 +94,7 @@ def train(
         Print nothing but the result.
     """
     from truenorm import job
+    from truenorm.models import ModelSpec
     from truenorm.report import console, html
 
     given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
@@ -103,16 +106,14 @@ def train(
             )
         work = job.resume(resume)
     else:
-        spec = job.ModelSpec(
+        spec = ModelSpec(
             name=model,  # type: ignore[arg-type]  # checked there
             norm=norm,  # type: ignore[arg-type]
             norm_position=norm_position,  # type: ignore[arg-type]
             widths=_widths(widths),
             dropout=dropout,
         )
-        work = job.start(
-            data, spec, target=target, recipe=recipe, changes=given, folder=run_dir
-        )
+        work = job.start(data, spec, target=target, recipe=recipe, changes=given, folder=run_dir)
     ended = work.run.result()
     if ended is not None:
         console.result(ended, as_json=json)

@@ -7,6 +7,7 @@ only then converted. Nothing here touches one example at a time.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -44,16 +45,14 @@ class Dataset:
     def take(self, index: Tensor) -> Dataset:
         """The examples at ``index``, (M,) int64."""
         weight = None if self.weight is None else self.weight[index]
-        return Dataset(
-            self.x[index], self.y[index], self.classes, weight, self.features, self.name
-        )
+        return Dataset(self.x[index], self.y[index], self.classes, weight, self.features, self.name)
 
     def fingerprint(self) -> str:
         """SHA-256 of examples, labels and classes: equal data, equal fingerprint."""
         digest = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
         for tensor in (self.x, self.y, self.weight):
             if tensor is not None:
-                digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+                digest.update(tensor.contiguous().numpy().tobytes())
         digest.update(repr(self.classes).encode())
         return digest.hexdigest()
 
@@ -197,8 +196,8 @@ def dataset(
         )
     if len(order) < 2:
         raise InputError(
-            f"{name}: needs at least two classes to tell apart, got only {_some(tuple(order))}; "
-            "add examples of another class."
+            f"{name}: needs at least two classes to tell apart, got only "
+            f"{_some(tuple(order.tolist()))}; add examples of another class."
         )
     if classes is None and len(held) < len(order):
         raise InputError(f"{name}: has fewer examples ({len(held)}) than classes ({len(order)}).")
@@ -241,7 +240,9 @@ def _tensor(array: np.ndarray[Any, Any], name: str) -> Tensor:
     if array.dtype.kind == "u" and array.dtype != np.uint8:
         array = array.astype(np.int64)
     # torch shares the memory of an array and wants it writable and in native byte order.
-    return torch.from_numpy(np.require(array.astype(array.dtype.newbyteorder("=")), None, "CW"))
+    return torch.from_numpy(
+        np.require(array.astype(array.dtype.newbyteorder("=")), None, ["C", "W"])
+    )
 
 
 def refuse_non_finite(x: Tensor, name: str, columns: tuple[str, ...] | None = None) -> None:
@@ -277,7 +278,9 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
                 "a classifier needs classes."
             )
     elif labels.dtype.kind == "O":
-        missing = [i for i, v in enumerate(labels) if v is None or v != v]
+        missing = [
+            i for i, v in enumerate(labels) if v is None or (isinstance(v, float) and math.isnan(v))
+        ]
         if missing:
             raise InputError(f"{name}: the label of row {missing[0]} (counted from 0) is missing.")
         if len({type(v) for v in labels}) > 1:
@@ -375,7 +378,7 @@ def chunks(order: Tensor, size: int) -> tuple[Tensor, ...]:
     One example alone has no batch statistics (its variance over the batch is zero), and
     torch refuses to normalize by them.
     """
-    runs = order.split(size)
+    runs: tuple[Tensor, ...] = order.split(size)  # type: ignore[no-untyped-call]
     if len(runs) > 1 and len(runs[-1]) == 1 < size:
         return (*runs[:-2], order[-(size + 1) :])
     return runs

@@ -86,7 +86,7 @@ def confusion(logits: Tensor, data: Dataset) -> Tensor:
 class Mistake(NamedTuple):
     """One misclassified example."""
 
-    index: int
+    number: int  # its place in the data
     true: int
     predicted: int
     confidence: float  # probability given to the wrong class
@@ -100,9 +100,7 @@ def worst(logits: Tensor, data: Dataset, most: int = 24) -> list[Mistake]:
     wrong = (predicted != data.y).nonzero().squeeze(1)
     order = wrong[of_true[wrong].argsort()][:most]
     return [
-        Mistake(
-            i, int(data.y[i]), int(predicted[i]), float(probabilities[i, int(predicted[i])])
-        )
+        Mistake(i, int(data.y[i]), int(predicted[i]), float(probabilities[i, int(predicted[i])]))
         for i in order.tolist()
     ]
 
@@ -157,12 +155,14 @@ def view_norms(
     finally:
         for handle in handles:
             handle.remove()
+    learned = ("running_mean", "running_var", "weight", "bias")
     return [
         NormView(
-            name, type(module).__name__.lstrip("_"), *seen[name],
-            *(_values(getattr(module, a, None))
-              for a in ("running_mean", "running_var", "weight", "bias")),
-        )  # fmt: skip
+            name,
+            type(module).__name__.lstrip("_"),
+            *seen[name],
+            *(_values(getattr(module, field, None)) for field in learned),
+        )
         for name, module in norms.items()
         if name in seen
     ]

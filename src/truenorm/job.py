@@ -18,7 +18,7 @@ from truenorm.errors import InputError
 from truenorm.evaluate import Judgement, judge
 from truenorm.models import ModelSpec, build
 from truenorm.run import Request, Run
-from truenorm.train import History, Observer, fit
+from truenorm.train import History, Observer, fit, threads
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Job:
         spec, splits = self.request.spec, self.splits
         assert spec is not None, "only Python callers train modules without a spec"
         config = self.request.train
-        model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
-        history = fit(model, splits, config, run=self.run, observe=observe)
-        judgement = None
-        if history.best_epoch:
-            judgement = judge(model, splits)
+        with threads(config.threads):
+            model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
+            history = fit(model, splits, config, run=self.run, observe=observe)
+            judgement = judge(model, splits) if history.best_epoch else None
+            result = self._result(model, history, judgement)
+        if judgement is not None:
             self.run.save_model(model, runs.describe(self.request, splits))
-        result = self._result(model, history, judgement)
         if history.stopped != "interrupted":  # an interrupted run can still be resumed
             self.run.save_result(result)
         return Outcome(history, result, judgement)
@@ -120,8 +120,8 @@ def start(
     """
     changes = changes or {}
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
+    splits = sources.load(data, target=target, seed=changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
-    splits = sources.load(source, target=target, seed=changes.get("seed", 0))
     build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     request = Request(spec, config, recipe, source, target, splits.fingerprint())

@@ -234,9 +234,7 @@ class ResNet(nn.Module):
         super().__init__()
         widths = spec.widths or (16, 32, 64)
         channels = _images_only(spec, input_shape, 2 ** (len(widths) - 1))
-        self.stem = nn.Sequential(
-            _conv(spec, channels, widths[0]), *_activated(spec, widths[0], 2)
-        )
+        self.stem = nn.Sequential(_conv(spec, channels, widths[0]), *_activated(spec, widths[0], 2))
         blocks: list[nn.Module] = []
         for before, width in itertools.pairwise((widths[0], *widths)):
             blocks.append(_Residual(spec, before, width, 2 if blocks else 1))
@@ -270,11 +268,8 @@ class _TokenNorm(nn.Module):
         self.norm = norm_of(kind, width, 1) if per_token is None else per_token(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.transposed:
-            out: Tensor = self.norm(x.transpose(1, 2)).transpose(1, 2)
-            return out
-        out = self.norm(x)
-        return out
+        out: Tensor = self.norm(x.transpose(1, 2) if self.transposed else x)
+        return out.transpose(1, 2) if self.transposed else out
 
 
 class _Block(nn.Module):

@@ -20,7 +20,6 @@ from truenorm.errors import InputError
 from truenorm.layers import NORMS
 
 
-
 def decaying(model: nn.Module) -> set[Tensor]:
     """The parameters that weight decay is meant for: no bias and nothing of a normalization.
 
@@ -84,19 +83,20 @@ class Optimizer:
                 self._update(group, lr)
 
     def _update(self, group: _Group, lr: float) -> None:
-        params, first, second, steps = group.params, group.first, group.second, group.steps
-        grads = [p.grad for p in params]
-        if any(g is None for g in grads):
-            # What the forward pass did not use has no gradient, and keeps its state.
-            steps = group.steps = [s.clone() for s in steps]
-            used = [i for i, g in enumerate(grads) if g is not None]
-            params, grads, first, second, steps = (  # type: ignore[assignment]
-                [held[i] for i in used] for held in (params, grads, first, second, steps)
-            )
+        params: list[Tensor] = list(group.params)
+        first, second, steps = group.first, group.second, group.steps
+        grads = [p.grad for p in params if p.grad is not None]
         if not grads:
             return
+        if len(grads) < len(params):
+            # What the forward pass did not use has no gradient, and keeps its state.
+            steps = group.steps = [s.clone() for s in steps]
+            used = [i for i, p in enumerate(params) if p.grad is not None]
+            params, first, second, steps = (
+                [held[i] for i in used] for held in (params, first, second, steps)
+            )
         for counter in {id(s): s for s in steps}.values():
-            counter += 1
+            counter.add_(1)
         if group.l1:
             torch._foreach_add_(grads, [p.sign() for p in params], alpha=group.l1)
         rate: dict[str, Any] = {"lr": lr, "weight_decay": group.weight_decay, "maximize": False}

@@ -1,4 +1,4 @@
-"""What a trained run says of new data: classes, probabilities, and accuracy where labels are known."""
+"""What a trained run says of new data: classes, probabilities, and the accuracy if known."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import truenorm
 from truenorm.config import TrainConfig
 from truenorm.data import Dataset, Scaling, Splits
 from truenorm.errors import InputError
@@ -63,9 +63,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             beside.unlink()
 
 
-def to_json(value: object) -> str:
+def to_json(value: object, *, indent: int | None = None) -> str:
     """JSON text; NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False)
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def _finite(value: object) -> object:
@@ -124,8 +124,8 @@ class Run:
                 f"{folder}: holds a run already; continue it with --resume {folder}, or choose "
                 "another folder with --run-dir."
             )
-        run._write("environment.json", to_json(environment()))
-        run._write("config.json", to_json(request.to_json()))
+        run._write("environment.json", to_json(environment(), indent=2))
+        run._write("config.json", to_json(request.to_json(), indent=2))
         return run
 
     @classmethod
@@ -162,7 +162,7 @@ class Run:
 
     def save_result(self, result: dict[str, Any]) -> None:
         """Write result.json, which marks the run as ended."""
-        self._write("result.json", to_json(result))
+        self._write("result.json", to_json(result, indent=2))
 
     def save_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a row an epoch."""
@@ -196,10 +196,10 @@ class Run:
     def save_model(self, model: nn.Module, about: dict[str, Any]) -> None:
         """Write model.safetensors: the state dict, and as metadata how to use it again."""
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        metadata = {"format": "pt", "truenorm": json.dumps(about)}
+        header = {"format": "pt", "truenorm": json.dumps(about)}
         write_atomically(
             self.folder / "model.safetensors",
-            lambda path: safetensors.torch.save_file(tensors, path, metadata),
+            lambda path: path.write_bytes(safetensors.torch.save(tensors, header)),
         )
 
     def save_report(self, html: str) -> None:
@@ -247,7 +247,7 @@ def describe(request: Request, splits: Splits) -> dict[str, Any]:
         "classes": list(splits.classes),
         "features": None if features is None else list(features),
         "target": request.target,
-        "version": truenorm.__version__,
+        "version": metadata.version("truenorm"),
     }
 
 
@@ -294,7 +294,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine and command: what a reader needs to judge or repeat the numbers."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "truenorm": truenorm.__version__,
+        "truenorm": metadata.version("truenorm"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -307,7 +307,8 @@ def _decode(files: list[Path], grey: bool | None) -> Array:
     size: tuple[int, int] | None = None
     for path in files:
         try:
-            with Image.open(path) as image:
+            with Image.open(path) as file:
+                image: Image.Image = file
                 if size is not None and image.size != size:
                     raise InputError(
                         f"{path}: is {image.size[0]} x {image.size[1]} pixels, {files[0]} is "
@@ -406,7 +407,7 @@ def _read_table(
 
 
 def _numbers(column: Any, name: str, path: Path) -> Array:
-    import pyarrow.types as types
+    from pyarrow import types
 
     if column.null_count:
         raise InputError(

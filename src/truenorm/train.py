@@ -141,7 +141,8 @@ def fit(
     """
     config = config or TrainConfig()
     device = _device(config.device)
-    with _borrowed(config, device):
+    generators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=generators), threads(config.threads):
         model.to(device)
         _try_out(model, splits, device)
         return _Training(model, splits, config, device, run, observe).run_to_end()
@@ -254,9 +255,7 @@ class _Training:
                 loss = loss * (share / total if total else 0.0)
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(loss.detach())
-        self.optimizer.step(
-            learning_rate(self.config, step, self.config.epochs * self.steps)
-        )
+        self.optimizer.step(learning_rate(self.config, step, self.config.epochs * self.steps))
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum()), total
 
     def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -355,20 +354,18 @@ def _device(name: str) -> torch.device:
 def _bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name as of 2.13
     return device.type == "cpu" and has_amx is not None and bool(has_amx())
 
 
 @contextlib.contextmanager
-def _borrowed(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Let the body seed torch and set its threads; give both back."""
-    threads = torch.get_num_threads()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+def threads(count: int | None) -> Iterator[None]:
+    """Let the body run on ``count`` CPU threads, None for as many as now; give them back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

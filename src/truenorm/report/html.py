@@ -24,7 +24,9 @@ def render(job: Job, outcome: Outcome) -> str:
     assert judged is not None, "a report needs a judged model"
     environment = json.loads((job.run.folder / "environment.json").read_text("utf-8"))
     loader = jinja2.PackageLoader("truenorm", "report")
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return template.get_template("run.html").render(
         result=outcome.result,
         request=job.request,
@@ -71,11 +73,11 @@ def _mistakes(judged: Judgement) -> list[dict[str, Any]]:
     classes, x = judged.data.classes, judged.data.x
     return [
         {
-            "index": m.index,
+            "number": m.number,
             "true": classes[m.true],
             "predicted": classes[m.predicted],
             "confidence": m.confidence,
-            "image": _picture(x[m.index]) if x.ndim == 4 else None,
+            "image": _picture(x[m.number]) if x.ndim == 4 else None,
         }
         for m in judged.mistakes
     ]
@@ -89,7 +91,9 @@ def _picture(image: Tensor) -> str:
         low, high = image.min(), image.max()
         image = ((image - low) / (high - low).clamp_min(1e-12) * 255).to(torch.uint8)
     channels = image[:3] if len(image) >= 3 else image[:1]
-    array = channels.permute(1, 2, 0).squeeze(2) if len(channels) == 1 else channels.permute(1, 2, 0)
+    array = (
+        channels.permute(1, 2, 0).squeeze(2) if len(channels) == 1 else channels.permute(1, 2, 0)
+    )
     file = io.BytesIO()
     Image.fromarray(array.contiguous().numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from truenorm.evaluate import Histogram, NormView
 from truenorm.train import History
@@ -22,7 +25,7 @@ _VARIABLES = {
     _MAIN: "var(--main)",
     _MARK: "var(--mark)",
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -89,7 +92,7 @@ def per_channel(view: NormView) -> str:
     kept = [(title, values) for title, values in rows if values is not None]
     if not kept:
         return ""
-    with _drawing(f"channels {view.name}", len(kept), width=4.6, height=3.0, columns=2) as figure:
+    with _drawing(f"channels {view.name}", len(kept), height=3.0, columns=2) as figure:
         for axes, (title, values) in zip(figure.axes, kept, strict=False):
             axes.plot(values, ".", color=_MAIN, markersize=3)
             axes.set_title(title)
@@ -113,41 +116,22 @@ def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> N
         axes.axvline(best.epoch, color=_MARK, linewidth=1, linestyle=":")
         axes.plot([best.epoch], [value], "o", color=_MARK, label=f"best: epoch {best.epoch}")
     axes.legend()
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-class _drawing:  # noqa: N801  # reads as a phrase: with _drawing("loss", 1) as figure
+@contextlib.contextmanager
+def _drawing(
+    name: str, panels: int, *, columns: int = 1, sharex: bool = False, height: float = 2.8
+) -> Iterator[Figure]:
     """A figure with ``panels`` axes, drawn in the page's style inside the body."""
-
-    def __init__(
-        self,
-        name: str,
-        panels: int,
-        *,
-        columns: int = 1,
-        sharex: bool = False,
-        width: float = 4.6,
-        height: float = 2.8,
-    ) -> None:
-        # Marks and clips are named by a hash; a salt of its own keeps two drawings apart.
-        self.style = matplotlib.rc_context({**_STYLE, "svg.hashsalt": name})
-        self.panels, self.columns, self.sharex = panels, columns, sharex
-        self.size = (width, height)
-
-    def __enter__(self) -> Figure:
-        self.style.__enter__()
-        figure = Figure(figsize=self.size, layout="constrained")
-        columns = min(self.columns, self.panels)
-        rows = -(-self.panels // columns)
-        first = None
-        for i in range(self.panels):
-            shared = first if self.sharex else None
-            axes = figure.add_subplot(rows, columns, i + 1, sharex=shared)
-            first = first or axes
-        return figure
-
-    def __exit__(self, *error: Any) -> None:
-        self.style.__exit__(*error)
+    # Marks and clips are named by a hash; a salt of its own keeps two drawings apart.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        columns = min(columns, panels)
+        for i in range(panels):
+            shared = figure.axes[0] if sharex and i else None
+            figure.add_subplot(-(-panels // columns), columns, i + 1, sharex=shared)
+        yield figure
 
 
 def _svg(figure: Figure) -> str:
@@ -158,6 +142,10 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
-    # matplotlib paints default black where a style names no fill; text must follow the page.
-    text = re.sub(r'<svg height="[^"]*" ', "<svg ", text)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    # Without a size of its own the drawing takes its card's width.
+    return re.sub(
+        r'(<svg[^>]*?) height="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )
