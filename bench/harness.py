@@ -46,10 +46,8 @@ def run(command: list[str]) -> Finished:
 def truenorm_train(*options: str, seed: int, goal: float) -> dict[str, Any]:
     """One whole ``truenorm train`` as a row like those the peers print."""
     with tempfile.TemporaryDirectory() as folder:
-        done = run(
-            [sys.executable, "-m", "truenorm", "train", "--quiet", "--json"]
-            + ["--seed", str(seed), "--run-dir", f"{folder}/run", *options]
-        )
+        command = [sys.executable, "-m", "truenorm", "train", "--quiet", "--json", *options]
+        done = run([*command, "--seed", str(seed), "--run-dir", f"{folder}/run"])
         metrics = Path(folder, "run", "metrics.csv").read_text().splitlines()
     result = json.loads(done.stdout)
     names = metrics[0].split(",")

@@ -23,8 +23,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "lr 0.01": {"lr": 0.01},
     "lr 0.03": {"lr": 0.03},
     "batch 128": {"batch_size": 128},
+    "batch 384": {"batch_size": 384},
     "batch 512": {"batch_size": 512},
     "4 epochs": {"epochs": 4},
+    "5 epochs": {"epochs": 5},
     "8 epochs": {"epochs": 8},
     "cosine": {"schedule": "cosine"},
     "warmup 0.25": {"warmup": 0.25},
@@ -41,7 +43,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("classic recipe", *CANDIDATES)}
     for seed in range(told.seeds):
         splits = truenorm.load("mnist", seed=seed)
-        for name in rows:
+        for name, runs in rows.items():
             kind = "classic" if name == "classic recipe" else "default"
             changes = CANDIDATES.get(name, {})
             config = truenorm.recipe(kind, "mlp", len(splits.train), seed=seed, **changes)
@@ -50,7 +52,7 @@ def main() -> None:
             best = history.best
             assert best is not None
             passed = [e.seconds for e in history.epochs if e.valid_accuracy > GOAL]
-            rows[name].append(
+            runs.append(
                 {
                     "valid_accuracy": best.valid_accuracy,
                     "fit_seconds": history.seconds,

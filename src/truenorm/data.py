@@ -111,7 +111,8 @@ class Splits:
     The scaling comes from the training part alone unless it is given.
 
     Raises:
-        InputError: the parts differ in classes or shape, or the training part is empty.
+        InputError: the parts differ in classes or shape, one is empty, or there are fewer
+            training examples than classes.
     """
 
     train: Dataset
@@ -126,6 +127,11 @@ class Splits:
         for name, part in (("train", self.train), ("valid", self.valid)):
             if len(part) == 0:
                 raise InputError(f"{self.train.name}: the {name} part is empty; give more data.")
+        if len(self.train) < len(self.classes):
+            raise InputError(
+                f"{self.train.name}: has fewer training examples ({len(self.train)}) than classes "
+                f"({len(self.classes)}); give more data, or another label if this one is an id."
+            )
         if self.scaling is None:
             object.__setattr__(self, "scaling", Scaling.of(self.train.x))
 
@@ -180,8 +186,8 @@ def dataset(
         name: what errors call the data.
 
     Raises:
-        InputError: shapes, NaN or infinite cells, unknown labels, fewer than two classes, or
-            fewer examples than classes; the text says where.
+        InputError: shapes, NaN or infinite cells, unknown labels, or fewer than two classes;
+            the text says where.
     """
     held = examples(x, name)
     labels = _labels(y, len(held), name)
@@ -199,8 +205,6 @@ def dataset(
             f"{name}: needs at least two classes to tell apart, got only "
             f"{_some(tuple(order.tolist()))}; add examples of another class."
         )
-    if classes is None and len(held) < len(order):
-        raise InputError(f"{name}: has fewer examples ({len(held)}) than classes ({len(order)}).")
     return Dataset(
         held,
         torch.from_numpy(index.astype(np.int64)),

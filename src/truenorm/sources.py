@@ -300,7 +300,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _decode(files: list[Path], grey: bool | None) -> Array:
-    """Decode into one (N, H, W) or (N, H, W, 3) byte array; grey if every image is."""
+    """Decode into one (N, H, W) or (N, 3, H, W) byte array; grey if every image is."""
     from PIL import Image, UnidentifiedImageError
 
     decoded: list[Array] = []
@@ -324,7 +324,8 @@ def _decode(files: list[Path], grey: bool | None) -> Array:
             raise InputError(f"{path}: is no readable image ({error}); remove it.") from error
     if grey if grey is not None else all(a.ndim == 2 for a in decoded):
         return np.stack([a if a.ndim == 2 else _luma(a) for a in decoded])
-    return np.stack([a if a.ndim == 3 else np.repeat(a[..., None], 3, 2) for a in decoded])
+    colour = [a if a.ndim == 3 else np.repeat(a[..., None], 3, 2) for a in decoded]
+    return np.stack(colour).transpose(0, 3, 1, 2)
 
 
 def _luma(image: Array) -> Array:
@@ -427,12 +428,14 @@ def _numbers(column: Any, name: str, path: Path) -> Array:
 
 
 def _label_column(column: Any, name: str, path: Path) -> Array:
-    if column.null_count:
+    cells = column.to_pylist()
+    missing = [i for i, value in enumerate(cells) if value is None or value == ""]
+    if missing:
         raise InputError(
-            f"{path}: row {_first_null(column)} (counted from 0), column {name!r}: the label is "
-            "missing. Fill it or drop the row."
+            f"{path}: row {missing[0]} (counted from 0), column {name!r}: the label is missing. "
+            "Fill it or drop the row."
         )
-    values = np.array(column.to_pylist())
+    values = np.array(cells)
     return values if values.dtype.kind in "biufU" else values.astype(str)
 
 

@@ -171,6 +171,7 @@ class _Training:
         batches = len(chunks(torch.arange(len(self.splits.train)), self.config.batch_size))
         self.steps = math.ceil(batches / self.config.accumulate)
         self.started = time.perf_counter()
+        self.kept_at = 0.0
 
     def run_to_end(self) -> History:
         """Train from the checkpoint, or from the start, and restore the best epoch."""
@@ -208,9 +209,7 @@ class _Training:
         lr = learning_rate(self.config, epoch * self.steps - 1, self.config.epochs * self.steps)
         record = Epoch(epoch, train_loss, valid.loss, valid.accuracy, lr, self._seconds(), best)
         self.epochs.append(record)
-        if self.run is not None:
-            self.run.save_metrics([asdict(e) for e in self.epochs])
-            self.run.save_checkpoint(self.state())
+        self._keep(self.run)
         self._tell(epoch, len(splits.train), record)
 
     def _train(self, epoch: int) -> float:
@@ -299,6 +298,16 @@ class _Training:
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    def _keep(self, run: Run | None) -> None:
+        """Write metrics and a checkpoint, if more than a second of work could be lost."""
+        done = len(self.epochs)
+        ends = done == self.config.epochs or self.stopping.exhausted(done)
+        if run is None or (self._seconds() - self.kept_at < 1.0 and not ends):
+            return
+        run.save_metrics([asdict(e) for e in self.epochs])
+        run.save_checkpoint(self.state())
+        self.kept_at = self._seconds()
+
     def state(self) -> dict[str, Any]:
         """All that continuing needs: tensors, numbers and text only."""
         return {
@@ -319,7 +328,8 @@ class _Training:
         self.stopping.best = state["stopping"]["best"]
         self.stopping.best_epoch = state["stopping"]["best_epoch"]
         self.epochs = [Epoch(**e) for e in state["epochs"]]
-        self.started -= self.epochs[-1].seconds
+        self.kept_at = self.epochs[-1].seconds
+        self.started -= self.kept_at
         for record in self.epochs:
             self._tell(record.epoch, len(self.splits.train), record)
 

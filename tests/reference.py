@@ -1,0 +1,112 @@
+"""Slow, plain float64 numpy versions of what TrueNorm computes. Imports nothing of TrueNorm."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def softmax(logits):
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def cross_entropy(logits, labels, weights=None, smoothing=0.0):
+    """Mean cross entropy against (1 - smoothing) on the label and smoothing spread over all."""
+    logits = np.asarray(logits, np.float64)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+    target = np.full(logits.shape, smoothing / logits.shape[1])
+    target[np.arange(len(labels)), labels] += 1 - smoothing
+    losses = -(target * np.log(softmax(logits))).sum(1)
+    return (losses * weights).sum() / weights.sum()
+
+
+def one_cycle(step, steps, peak, warmup):
+    """From a tenth of the peak up to it, then down to zero, in straight lines."""
+    return peak * np.interp(step / steps, [0, warmup, 1], [0.1, 1, 0])
+
+
+class Adam:
+    """Kingma and Ba 2015, algorithm 1; decay is L2, or decoupled (Loshchilov and Hutter 2019)."""
+
+    def __init__(self, decay=0.0, decoupled=False):
+        self.decay, self.decoupled, self.state = decay, decoupled, {}
+
+    def step(self, name, value, grad, lr):
+        m, v, t = self.state.get(name, (0.0, 0.0, 0))
+        if self.decoupled:
+            value = value - lr * self.decay * value
+        else:
+            grad = grad + self.decay * value
+        t += 1
+        m = 0.9 * m + 0.1 * grad
+        v = 0.999 * v + 0.001 * grad**2
+        self.state[name] = (m, v, t)
+        return value - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+
+class Sgd:
+    """SGD with Nesterov momentum 0.9 (Sutskever et al. 2013, in torch's form); L2 decay."""
+
+    def __init__(self, decay=0.0):
+        self.decay, self.state = decay, {}
+
+    def step(self, name, value, grad, lr):
+        grad = grad + self.decay * value
+        velocity = 0.9 * self.state.get(name, 0.0) + grad
+        self.state[name] = velocity
+        return value - lr * (grad + 0.9 * velocity)
+
+
+class Mlp:
+    """Linear, batch norm, ReLU, linear, with the gradients written out by hand."""
+
+    def __init__(self, state):
+        self.p = {k: np.asarray(v, np.float64) for k, v in state.items()}
+        self.momentum, self.eps = 0.1, 1e-5
+
+    def forward(self, x, training):
+        p = self.p
+        h = x @ p["w1"].T + p["b1"]
+        if training:
+            mean, var, n = h.mean(0), h.var(0), len(h)
+            p["mean"] = (1 - self.momentum) * p["mean"] + self.momentum * mean
+            p["var"] = (1 - self.momentum) * p["var"] + self.momentum * var * n / (n - 1)
+        else:
+            mean, var = p["mean"], p["var"]
+        scale = 1 / np.sqrt(var + self.eps)
+        normed = (h - mean) * scale
+        active = normed * p["gamma"] + p["beta"]
+        relu = np.maximum(active, 0)
+        self.kept = x, normed, scale, active, relu
+        return relu @ p["w2"].T + p["b2"]
+
+    def gradients(self, logits, labels):
+        x, normed, scale, active, relu = self.kept
+        n = len(labels)
+        d = softmax(logits)
+        d[np.arange(n), labels] -= 1
+        d /= n
+        grads = {"w2": d.T @ relu, "b2": d.sum(0)}
+        d = (d @ self.p["w2"]) * (active > 0)
+        grads |= {"gamma": (d * normed).sum(0), "beta": d.sum(0)}
+        d = d * self.p["gamma"]
+        # Ioffe and Szegedy 2015, section 3: the statistics depend on the batch, too.
+        d = scale * (d - d.mean(0) - normed * (d * normed).mean(0))
+        return grads | {"w1": d.T @ x, "b1": d.sum(0)}
+
+    def train(self, batches, rule, lr):
+        """One update for each (x, labels) of ``batches``; the losses."""
+        losses = []
+        for x, labels in batches:
+            logits = self.forward(x, training=True)
+            losses.append(cross_entropy(logits, labels))
+            for name, grad in self.gradients(logits, labels).items():
+                self.p[name] = rule.step(name, self.p[name], grad, lr)
+        return losses
+
+
+def standardize(x):
+    """Each column minus its mean, over its standard deviation; constant columns become zero."""
+    x = np.asarray(x, np.float64)
+    std = x.std(0)
+    return (x - x.mean(0)) / np.where(std > 0, std, 1)
