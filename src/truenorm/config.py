@@ -101,7 +101,7 @@ _ONE_CYCLE: dict[str, Any] = {
 }
 # How these were chosen, with n, spread and commands: docs/recipes.md.
 _PACES = {
-    "mlp": _Pace(6, 256, {**_ONE_CYCLE, "lr": 0.02}),
+    "mlp": _Pace(5, 256, {**_ONE_CYCLE, "lr": 0.03}),
     "convnet": _Pace(6, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 1, "amp": "auto"}),
     "resnet": _Pace(6, 128, {**_ONE_CYCLE, "lr": 0.01, "shift": 1, "amp": "auto"}),
     "transformer": _Pace(

@@ -50,9 +50,14 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
 def logits_of(
     model: nn.Module, data: Dataset, scaling: Scaling, device: torch.device, *, amp: bool = False
 ) -> Tensor:
-    """The model's logits (N, K) in float32 on the CPU, for all examples in order."""
+    """The model's logits (N, K) on the CPU, in at least float32, for all examples in order."""
     with evaluating(model), autocast(device, amp):
-        return torch.cat([model(b.x).float().cpu() for b in in_order(data, scaling, device)])
+        return torch.cat([wide(model(b.x)).cpu() for b in in_order(data, scaling, device)])
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32, in which a loss is exact enough; others as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def score(logits: Tensor, data: Dataset) -> Scores:
@@ -66,7 +71,7 @@ def score(logits: Tensor, data: Dataset) -> Scores:
             f"the model must give (N, {len(data.classes)}) logits, one per class, got shape "
             f"{tuple(logits.shape)}."
         )
-    right = (logits.argmax(1) == data.y).float()
+    right = (logits.argmax(1) == data.y).to(logits.dtype)
     if data.weight is None:
         return Scores(F.cross_entropy(logits, data.y).item(), right.mean().item())
     losses = F.cross_entropy(logits, data.y, reduction="none")

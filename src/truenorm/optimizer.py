@@ -65,9 +65,11 @@ class Optimizer:
             self.groups = [_Group(trainable, 0.0, 0.0)]
             return
         chosen = set(trainable) if config.decay_all else decaying(model)
-        parts = ([p for p in trainable if p in chosen], [p for p in trainable if p not in chosen])
-        groups = (_Group(parts[0], decay, l1), _Group(parts[1], 0.0, 0.0))
-        self.groups = [g for g in groups if g.params]
+        parts = (
+            ([p for p in trainable if p in chosen], decay, l1),
+            ([p for p in trainable if p not in chosen], 0.0, 0.0),
+        )
+        self.groups = [_Group(*part) for part in parts if part[0]]
 
     def zero_grad(self) -> None:
         """Drop all gradients; the next backward pass then writes instead of adding."""

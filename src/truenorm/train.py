@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from truenorm.config import TrainConfig
 from truenorm.data import Batch, Splits, chunks, gather, shifted
 from truenorm.errors import InputError
-from truenorm.evaluate import autocast, logits_of, score
+from truenorm.evaluate import autocast, logits_of, score, wide
 from truenorm.optimizer import Optimizer, learning_rate
 from truenorm.run import Run
 
@@ -272,7 +272,7 @@ class _Training:
                 f"batch norm cannot normalize a batch of {len(x)}: a channel needs more than one "
                 "value. Use a batch_size of at least 2 and at least 2 training examples."
             ) from error
-        logits = logits.float()
+        logits = wide(logits)
         if batch.weight is None:
             return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
         losses = F.cross_entropy(logits, batch.y, label_smoothing=smoothing, reduction="none")
