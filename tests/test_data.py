@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import blobs
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
+from conftest import blobs
 from truenorm import InputError
 from truenorm.data import (
     Dataset,

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch import nn
 
+import reference
 from truenorm import TrainConfig
 from truenorm.optimizer import Optimizer, decaying, learning_rate
 

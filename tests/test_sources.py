@@ -11,10 +11,10 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import blobs
 from PIL import Image
 
 import truenorm
+from conftest import blobs
 from truenorm import InputError, sources
 
 
@@ -141,7 +141,7 @@ def test_a_file_named_gz_that_is_not_is_refused(tmp_path):
     idx_folder(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte"
     path.rename(tmp_path / "train-images-idx3-ubyte.gz")
-    with pytest.raises(InputError, match="named .gz but is not gzip"):
+    with pytest.raises(InputError, match=r"named \.gz but is not gzip"):
         truenorm.load(str(tmp_path))
 
 
@@ -248,10 +248,10 @@ def test_an_npz_file_with_other_names_or_objects_is_refused(tmp_path):
     with pytest.raises(InputError, match="got foo"):
         truenorm.load(str(tmp_path / "a.npz"))
     np.savez(tmp_path / "b.npz", x=np.array([{}]), y=np.zeros(1))
-    with pytest.raises(InputError, match="no readable .npz of plain arrays"):
+    with pytest.raises(InputError, match=r"no readable \.npz of plain arrays"):
         truenorm.load(str(tmp_path / "b.npz"))
     (tmp_path / "c.npz").write_bytes(b"PK nonsense")
-    with pytest.raises(InputError, match="no readable .npz"):
+    with pytest.raises(InputError, match=r"no readable \.npz"):
         truenorm.load(str(tmp_path / "c.npz"))
 
 

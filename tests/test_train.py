@@ -5,14 +5,14 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import blobs, same_state
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import reference
 import truenorm
+from conftest import blobs, same_state
 from truenorm import EarlyStopping, InputError, TrainConfig
 from truenorm.data import Splits, chunks, dataset
 from truenorm.evaluate import logits_of, score

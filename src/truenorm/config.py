@@ -108,7 +108,7 @@ _PACES = {
         15, 128, {**_ONE_CYCLE, "lr": 0.002, "optimizer": "adamw", "weight_decay": 0.05}
     ),
 }
-_MIN_STEPS = 1000  # a small data set is repeated until the one cycle has this many steps
+_MIN_STEPS = 900  # a small data set is repeated until the one cycle has this many steps
 _MIN_BATCHES = 20  # and its batches are cut so that an epoch has this many, down to 16 examples
 
 

@@ -18,7 +18,7 @@ from truenorm.errors import InputError
 from truenorm.evaluate import Judgement, judge
 from truenorm.models import ModelSpec, build
 from truenorm.run import Request, Run
-from truenorm.train import History, Observer, fit, threads
+from truenorm.train import History, Observer, device_of, fit, threads
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Job:
         config = self.request.train
         with threads(config.threads):
             model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
-            history = fit(model, splits, config, run=self.run, observe=observe)
+            history = self._fit(model, observe)
             judgement = judge(model, splits) if history.best_epoch else None
             result = self._result(model, history, judgement)
         if judgement is not None:
@@ -61,6 +61,13 @@ class Job:
         if history.stopped != "interrupted":  # an interrupted run can still be resumed
             self.run.save_result(result)
         return Outcome(history, result, judgement)
+
+    def _fit(self, model: nn.Module, observe: Observer | None) -> History:
+        try:
+            return fit(model, self.splits, self.request.train, run=self.run, observe=observe)
+        except InputError:
+            self.run.abandon()  # so that the mended command may use the same folder
+            raise
 
     def _result(
         self, model: nn.Module, history: History, judgement: Judgement | None
@@ -124,6 +131,7 @@ def start(
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
     build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
+    device_of(config.device)
     request = Request(spec, config, recipe, source, target, splits.fingerprint())
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truenorm.data import dataset
 from truenorm.evaluate import Scores, logits_of, score
 from truenorm.run import load_model
 from truenorm.sources import load_for_prediction
@@ -43,14 +44,11 @@ def predict(run: Path | str, data: str, *, target: str | None = None) -> Predict
     """
     trained = load_model(run)
     grey = trained.input_shape[0] == 1 if len(trained.input_shape) == 3 else None
-    x, labelled = load_for_prediction(
-        data,
-        classes=trained.classes,
-        features=trained.features,
-        target=target or trained.target,
-        grey=grey,
+    x, labels = load_for_prediction(
+        data, features=trained.features, target=target or trained.target, grey=grey
     )
     held = trained.accept(x, data)
+    known = None if labels is None else dataset(x, labels, classes=trained.classes, name=data)
     logits = logits_of(trained.model, held, trained.scaling, torch.device("cpu"))
     return Prediction(
         str(run),
@@ -58,5 +56,5 @@ def predict(run: Path | str, data: str, *, target: str | None = None) -> Predict
         trained.classes,
         [trained.classes[i] for i in logits.argmax(1).tolist()],
         logits.softmax(1),
-        None if labelled is None else score(logits, labelled),
+        None if known is None else score(logits, known),
     )

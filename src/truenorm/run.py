@@ -8,6 +8,7 @@ report.html                     by the report, last
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -140,6 +141,15 @@ class Run:
             raise InputError(f"{folder}: holds no run (no config.json); give a run folder.")
         return run
 
+    def abandon(self) -> None:
+        """Take back the claim on the folder, if nothing was learned in it yet."""
+        if (self.folder / _CHECKPOINT).exists():
+            return
+        for name in ("config.json", "environment.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what else the folder holds is not ours
+            self.folder.rmdir()
+
     @property
     def _config(self) -> Path:
         return self.folder / "config.json"
@@ -189,14 +199,14 @@ class Run:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever its unpickler met
             raise InputError(
-                f"{path}: is damaged ({error}); remove it to start this run over."
+                f"{path}: is damaged; remove it, and the run starts over from its first epoch."
             ) from error
         return state
 
     def save_model(self, model: nn.Module, about: dict[str, Any]) -> None:
         """Write model.safetensors: the state dict, and as metadata how to use it again."""
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        header = {"format": "pt", "truenorm": json.dumps(about)}
+        header = {"truenorm": json.dumps(about)}  # one key: safetensors shuffles several
         write_atomically(
             self.folder / "model.safetensors",
             lambda path: path.write_bytes(safetensors.torch.save(tensors, header)),

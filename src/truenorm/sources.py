@@ -72,12 +72,11 @@ def load(
 def load_for_prediction(
     source: Any,
     *,
-    classes: tuple[Any, ...],
     features: tuple[str, ...] | None,
     target: str | None,
     grey: bool | None = None,
-) -> tuple[torch.Tensor, Dataset | None]:
-    """Load what a trained model is to judge: examples, and a data set if labels are known.
+) -> tuple[torch.Tensor, Array | None]:
+    """Load what a trained model is to judge: examples, and their labels if they are known.
 
     A source that brings its own test set gives that; any other gives all its examples.
     ``features`` are the columns the model was trained on; they are taken by name. ``grey``
@@ -88,10 +87,7 @@ def load_for_prediction(
     """
     found = read(source, target=target, features=features, labels_needed=False, grey=grey)
     pool = found.train if found.test is None else found.test
-    x = examples(pool.x, pool.name)
-    if pool.y is None:
-        return x, None
-    return x, dataset(x, pool.y, classes=classes, name=pool.name)
+    return examples(pool.x, pool.name), pool.y
 
 
 def _labelled(pool: Pool, classes: tuple[Any, ...] | None) -> Dataset:

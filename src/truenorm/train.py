@@ -21,6 +21,7 @@ from truenorm.optimizer import Optimizer, learning_rate
 from truenorm.run import Run
 
 Stopped = Literal["early", "finished", "interrupted", "nan"]
+_CHECKPOINT_SECONDS = 1.0  # the work that a kill may cost; a checkpoint costs about 20 ms
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def fit(
             The model is at its best epoch then too.
     """
     config = config or TrainConfig()
-    device = _device(config.device)
+    device = device_of(config.device)
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=generators), threads(config.threads):
         model.to(device)
@@ -299,10 +300,10 @@ class _Training:
         return time.perf_counter() - self.started
 
     def _keep(self, run: Run | None) -> None:
-        """Write metrics and a checkpoint, if more than a second of work could be lost."""
+        """Write metrics and a checkpoint, if enough work could be lost."""
         done = len(self.epochs)
         ends = done == self.config.epochs or self.stopping.exhausted(done)
-        if run is None or (self._seconds() - self.kept_at < 1.0 and not ends):
+        if run is None or (self._seconds() - self.kept_at < _CHECKPOINT_SECONDS and not ends):
             return
         run.save_metrics([asdict(e) for e in self.epochs])
         run.save_checkpoint(self.state())
@@ -347,7 +348,12 @@ def _try_out(model: nn.Module, splits: Splits, device: torch.device) -> None:
     score(logits, few)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device called ``name``; "auto" is cuda, mps or cpu, the first that is there.
+
+    Raises:
+        InputError: it is not there.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -1,0 +1,42 @@
+"""Run or resume a training job in a child that is killed after some seconds; used by test_kill.
+
+The parent imports torch once and runs nothing of it, so that each child starts at once and
+nearly every kill falls into the training itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch  # noqa: F401  # imported here so that the children need not
+
+from truenorm.cli import main
+
+
+def child(tokens: list[str], seconds: float | None) -> int:
+    """Fork, run the command there, kill -9 it after ``seconds``; its exit status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    while signal.sigtimedwait([signal.SIGCHLD], 0):
+        pass  # the end of an earlier child
+    pid = os.fork()
+    if not pid:
+        try:
+            main(tokens)
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(99)
+    if seconds is not None and signal.sigtimedwait([signal.SIGCHLD], seconds) is None:
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    folder, delays, *options = sys.argv[1:]
+    for text in [*delays.split(","), ""]:
+        resumes = Path(folder, "config.json").exists()
+        tokens = ["--resume", folder] if resumes else ["--run-dir", folder, *options]
+        status = child(["train", "--quiet", *tokens], float(text) if text else None)
+        print(status)

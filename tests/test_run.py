@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import truenorm
+from conftest import blobs, same_state
+from truenorm import InputError, ModelSpec, Run, TrainConfig, job
+from truenorm.run import Request, to_json, write_atomically
+from truenorm.train import fit
+
+REQUEST = Request(ModelSpec(), TrainConfig())
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half(beside):
+        beside.write_text("ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=r"No space left on device.*intact. Free space"):
+        write_atomically(path, half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_is_seen_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+
+    def write(beside):
+        beside.write_text("new")
+        assert not path.exists()
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_while_training_is_told_and_loses_nothing(splits, model, tmp_path, monkeypatch):
+    """The third checkpoint fails; what the second one held is still there, and resumes."""
+    run = Run.create(tmp_path / "run", REQUEST)
+    saved = []
+    whole = Run.save_checkpoint
+
+    def save(self, state):
+        if len(saved) == 2:
+            raise InputError("full")
+        saved.append(len(state["epochs"]))
+        whole(self, state)
+
+    monkeypatch.setattr("truenorm.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(Run, "save_checkpoint", save)
+    config = TrainConfig(epochs=6, batch_size=16)
+    with pytest.raises(InputError, match="full"):
+        fit(model, splits, config, run=run)
+    monkeypatch.setattr(Run, "save_checkpoint", whole)
+    assert len(run.checkpoint()["epochs"]) == 2
+
+    resumed, straight = (truenorm.build(ModelSpec(widths=(8,)), (6,), 3, seed=0) for _ in range(2))
+    fit(resumed, splits, config, run=run)
+    fit(straight, splits, config)
+    assert same_state(resumed.state_dict(), straight.state_dict())
+
+
+def test_a_checkpoint_continues_to_the_bit_from_every_epoch(splits, tmp_path, monkeypatch):
+    """Dropout, weight decay, accumulation: all that a checkpoint must not forget."""
+    monkeypatch.setattr("truenorm.train._CHECKPOINT_SECONDS", 0.0)
+    config = TrainConfig(
+        epochs=5, batch_size=8, lr=0.01, schedule="onecycle", weight_decay=0.01, accumulate=3
+    )
+
+    def build():
+        return truenorm.build(ModelSpec(widths=(8,), dropout=0.5), (6,), 3, seed=0)
+
+    straight = build()
+    expected = fit(straight, splits, config)
+    for stop in range(1, 6):
+        run = Run.create(tmp_path / f"run{stop}", REQUEST)
+
+        def interrupt(progress, stop=stop):
+            if progress.epoch == stop and progress.record is not None:
+                raise KeyboardInterrupt
+
+        fit(build(), splits, config, run=run, observe=interrupt)
+        resumed = build()
+        torch.rand(3)
+        history = fit(resumed, splits, config, run=run)
+        assert same_state(resumed.state_dict(), straight.state_dict())
+        assert history.best_epoch == expected.best_epoch
+        losses = [[(e.train_loss, e.valid_loss) for e in h.epochs] for h in (history, expected)]
+        assert losses[0] == losses[1]
+
+
+def test_a_run_folder_holds_what_it_says(tmp_path):
+    work = job.start("iris", ModelSpec(), changes={"epochs": 4}, folder=tmp_path / "run")
+    outcome = work.execute()
+    names = {str(p.relative_to(work.run.folder)) for p in work.run.folder.rglob("*")}
+    assert names == {
+        "config.json", "environment.json", "metrics.csv", "checkpoint", "checkpoint/last.pt",
+        "model.safetensors", "result.json",
+    }  # fmt: skip
+    lines = (work.run.folder / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,valid_loss,valid_accuracy,lr,seconds,best"
+    assert len(lines) == 5
+    assert work.run.request() == work.request
+    assert work.run.result()["val_loss"] == outcome.result["val_loss"]
+
+
+def test_a_saved_model_gives_the_same_logits(tmp_path):
+    work = job.start("wine", ModelSpec(), changes={"epochs": 3}, folder=tmp_path / "run")
+    outcome = work.execute()
+    trained = truenorm.load_model(tmp_path / "run")
+    assert not trained.model.training
+    assert trained.classes == work.splits.classes
+    logits = truenorm.logits_of(
+        trained.model, work.splits.test, trained.scaling, torch.device("cpu")
+    )
+    assert truenorm.score(logits, work.splits.test).loss == outcome.result["test_loss"]
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    Run.create(tmp_path / "run", REQUEST)
+    with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
+        Run.create(tmp_path / "run", REQUEST)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        Run.create(tmp_path / "run", REQUEST)
+
+
+def test_a_folder_that_holds_other_things_may_become_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    Run.create(tmp_path, REQUEST)
+    assert (tmp_path / "notes.txt").read_text() == "x"
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="is no run's config"):
+        Run.open(tmp_path).request()
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    run = Run.create(tmp_path, REQUEST)
+    with pytest.raises(InputError, match=r"has no model\.safetensors yet; finish it with --resume"):
+        truenorm.load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="damaged"):
+        truenorm.load_model(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "last.pt").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"last\.pt: is damaged; remove it"):
+        run.checkpoint()
+
+
+def test_resuming_on_changed_data_is_refused(tmp_path):
+    x, y = blobs(60)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    job.start(str(tmp_path / "d.npz"), ModelSpec(), folder=tmp_path / "run")
+    np.savez(tmp_path / "d.npz", x=x + 1, y=y)
+    with pytest.raises(InputError, match="has changed since"):
+        job.resume(tmp_path / "run")
+
+
+def test_json_has_no_nan():
+    assert json.loads(to_json({"a": [math.nan, math.inf, 1.5]})) == {"a": [None, None, 1.5]}
