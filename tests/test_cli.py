@@ -153,13 +153,14 @@ def test_a_nan_loss_is_told_with_its_step_and_exits_2(cli):
 
 
 def test_ctrl_c_exits_130_with_the_best_epoch_restored_and_resumes(tmp_path):
-    command = [sys.executable, "-m", "truenorm", "train", "--data", "digits", "--epochs", "3000",
+    # A job in a shell's background inherits an ignored SIGINT, and Python keeps it ignored.
+    code = (
+        "import signal, truenorm.cli as cli;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); cli.main()"
+    )
+    command = [sys.executable, "-c", code, "train", "--data", "digits", "--epochs", "3000",
                "--patience", "3000", "--run-dir", str(tmp_path / "r"), "--json"]  # fmt: skip
-    job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A job in a shell's background inherits an ignored SIGINT, and hands it on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in job.stderr:
         if line.startswith("epoch    5/"):
             job.send_signal(signal.SIGINT)
