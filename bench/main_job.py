@@ -54,6 +54,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=10, help="of the default recipe's accuracy")
     options.add_argument("--convnet-seeds", type=int, default=5)
     told = options.parse_args()
+    about = harness.provenance("make bench")
 
     rows: dict[str, list[Row]] = {who: [] for who in WHO}
     for seed in range(told.rounds):
@@ -68,7 +69,7 @@ def main() -> None:
     helped = [harness.run([sys.executable, "-m", "truenorm", "--help"]) for _ in range(7)]
     text = "\n".join([_table(rows), "", _ratios(rows), "", _others(default, convnet, helped)])
     record = {
-        "provenance": harness.provenance("make bench"),
+        "provenance": about,
         "rows": rows,
         "default": default,
         "convnet": convnet,

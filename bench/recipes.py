@@ -41,6 +41,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, default=10)
     told = options.parse_args()
+    about = harness.provenance("make recipes")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("classic recipe", *CANDIDATES)}
     for seed in range(told.seeds):
         splits = truenorm.load("mnist", seed=seed)
@@ -64,7 +65,7 @@ def main() -> None:
     harness.save(
         "recipes",
         _table(rows, told.seeds),
-        {"provenance": harness.provenance("make recipes"), "rows": rows},
+        {"provenance": about, "rows": rows},
     )
 
 
