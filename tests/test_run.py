@@ -101,10 +101,12 @@ def test_a_checkpoint_continues_to_the_bit_from_every_epoch(splits, tmp_path, mo
 def test_a_run_folder_holds_what_it_says(tmp_path):
     work = job.start("iris", ModelSpec(), changes={"epochs": 4}, folder=tmp_path / "run")
     outcome = work.execute()
+    assert work.run.result() is None
+    work.save(outcome, "<html>")
     names = {str(p.relative_to(work.run.folder)) for p in work.run.folder.rglob("*")}
     assert names == {
         "config.json", "environment.json", "metrics.csv", "checkpoint", "checkpoint/last.pt",
-        "model.safetensors", "result.json",
+        "model.safetensors", "result.json", "report.html",
     }  # fmt: skip
     lines = (work.run.folder / "metrics.csv").read_text().splitlines()
     assert lines[0] == "epoch,train_loss,valid_loss,valid_accuracy,lr,seconds,best"
@@ -116,6 +118,7 @@ def test_a_run_folder_holds_what_it_says(tmp_path):
 def test_a_saved_model_gives_the_same_logits(tmp_path):
     work = job.start("wine", ModelSpec(), changes={"epochs": 3}, folder=tmp_path / "run")
     outcome = work.execute()
+    work.save(outcome)
     trained = truenorm.load_model(tmp_path / "run")
     assert not trained.model.training
     assert trained.classes == work.splits.classes

@@ -196,6 +196,23 @@ def test_train_and_test_folders_of_images_are_kept_apart(tmp_path):
     assert [len(p) for p in (splits.train, splits.valid, splits.test)] == [16, 4, 6]
 
 
+def test_a_validation_folder_is_the_validation_part(tmp_path):
+    for part, count in (("train", 10), ("val", 4), ("test", 3)):
+        image_folder(tmp_path / part, per_class=count)
+    splits = truenorm.load(str(tmp_path))
+    assert [len(p) for p in (splits.train, splits.valid, splits.test)] == [20, 8, 6]
+    (tmp_path / "test").rename(tmp_path / "other")
+    splits = truenorm.load(str(tmp_path))
+    assert [len(splits.train), len(splits.valid), splits.test] == [20, 8, None]
+
+
+def test_sixteen_bit_images_are_refused_not_clipped(tmp_path):
+    image_folder(tmp_path)
+    Image.fromarray(np.full((4, 5), 3000, np.uint16)).save(tmp_path / "dog" / "3.png")
+    with pytest.raises(InputError, match=r"dog/3\.png: has pixels of mode I;16"):
+        truenorm.load(str(tmp_path))
+
+
 def test_grey_and_colour_images_together_are_read_as_colour(tmp_path):
     image_folder(tmp_path)
     Image.new("RGB", (5, 4), (9, 8, 7)).save(tmp_path / "cat" / "0.png")
@@ -241,6 +258,9 @@ def test_an_npz_file_may_bring_its_own_test_part(tmp_path):
     x, y = blobs(40)
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
     assert len(truenorm.load(str(tmp_path / "a.npz")).test) == 9
+    np.savez(tmp_path / "b.npz", x_train=x, y_train=y, x_val=x[:7], y_val=y[:7, None])
+    splits = truenorm.load(str(tmp_path / "b.npz"))
+    assert [len(splits.train), len(splits.valid), splits.test] == [40, 7, None]
 
 
 def test_an_npz_file_with_other_names_or_objects_is_refused(tmp_path):

@@ -197,6 +197,29 @@ def test_ctrl_c_ends_training_at_the_best_epoch(splits, model):
     assert same_state(model.state_dict(), again.state_dict())
 
 
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_ctrl_c_at_an_epochs_end_leaves_history_and_weights_in_step(
+    splits, model, monkeypatch, moment
+):
+    """The best epoch that the history names is the one whose weights are there."""
+    replay, taken = copy.deepcopy(model), []
+
+    def interrupted(trained):
+        taken.append(trained)
+        if len(taken) > moment:  # the first is taken before training
+            raise KeyboardInterrupt
+        return snapshot(trained)
+
+    monkeypatch.setattr("truenorm.train.snapshot", interrupted)
+    history = fit(model, splits, epochs=9)
+    monkeypatch.undo()
+    assert history.stopped == "interrupted"
+    assert len(history.epochs) > history.best_epoch
+    if history.best_epoch:
+        fit(replay, splits, epochs=history.best_epoch)
+    assert same_state(model.state_dict(), replay.state_dict())
+
+
 def test_any_other_exception_passes_through_with_the_best_epoch_restored(splits, model):
     def fail(progress):
         if progress.epoch == 3:

@@ -120,8 +120,7 @@ def train(
         return OUTCOMES.get(ended["stopped"], DONE)
     with console.following(work, quiet=quiet, as_json=json) as observe:
         outcome = work.execute(observe)
-    if outcome.judgement is not None:
-        work.run.save_report(html.render(work, outcome))
+    work.save(outcome, html.render(work, outcome) if outcome.judgement is not None else None)
     console.result(outcome.result, as_json=json)
     return OUTCOMES.get(outcome.history.stopped, DONE)
 
@@ -176,7 +175,7 @@ def main(tokens: list[str] | None = None) -> None:
         _refuse(_text_of(error), as_json="--json" in tokens)
         code = MENDABLE
     except KeyboardInterrupt:
-        _refuse("interrupted before training began.", as_json="--json" in tokens)
+        _refuse("interrupted.", as_json="--json" in tokens)
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else DONE)
 

@@ -267,6 +267,10 @@ def refuse_non_finite(x: Tensor, name: str, columns: tuple[str, ...] | None = No
 
 def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
     labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if labels.shape == (count, 1):  # as Keras stores them
+        labels = labels[:, 0]
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels)
     if labels.shape != (count,):
         raise InputError(
             f"{name}: needs one label per example, shape ({count},), got labels of shape "
@@ -289,7 +293,7 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
             raise InputError(f"{name}: the label of row {missing[0]} (counted from 0) is missing.")
         if len({type(v) for v in labels}) > 1:
             raise InputError(f"{name}: labels mix types; make them all text or all numbers.")
-    elif labels.dtype.kind not in "biuUS":
+    elif labels.dtype.kind not in "biuU":
         raise InputError(f"{name}: labels must be numbers or text, got {labels.dtype}.")
     return labels
 

@@ -71,14 +71,12 @@ def score(logits: Tensor, data: Dataset) -> Scores:
             f"the model must give (N, {len(data.classes)}) logits, one per class, got shape "
             f"{tuple(logits.shape)}."
         )
-    right = (logits.argmax(1) == data.y).to(logits.dtype)
+    right = (logits.argmax(1) == data.y).double()
     if data.weight is None:
         return Scores(F.cross_entropy(logits, data.y).item(), right.mean().item())
-    losses = F.cross_entropy(logits, data.y, reduction="none")
-    total = data.weight.sum()
-    return Scores(
-        ((losses * data.weight).sum() / total).item(), ((right * data.weight).sum() / total).item()
-    )
+    losses = F.cross_entropy(logits, data.y, reduction="none").double()
+    share = data.weight.double() / data.weight.double().sum()
+    return Scores((losses * share).sum().item(), (right * share).sum().item())
 
 
 def confusion(logits: Tensor, data: Dataset) -> Tensor:

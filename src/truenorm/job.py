@@ -29,6 +29,7 @@ class Outcome:
     """
 
     history: History
+    model: nn.Module
     result: dict[str, Any]
     judgement: Judgement | None
 
@@ -42,7 +43,7 @@ class Job:
     splits: Splits
 
     def execute(self, observe: Observer | None = None) -> Outcome:
-        """Train, restore the best epoch, judge it on the test part, and save it.
+        """Train, restore the best epoch, and judge it on the test part.
 
         Raises:
             InputError: model, data and config do not fit, or a file cannot be written; then
@@ -56,11 +57,22 @@ class Job:
             history = self._fit(model, observe)
             judgement = judge(model, splits) if history.best_epoch else None
             result = self._result(model, history, judgement)
-        if judgement is not None:
-            self.run.save_model(model, runs.describe(self.request, splits))
-        if history.stopped != "interrupted":  # an interrupted run can still be resumed
-            self.run.save_result(result)
-        return Outcome(history, result, judgement)
+        return Outcome(history, model, result, judgement)
+
+    def save(self, outcome: Outcome, report: str | None = None) -> None:
+        """Write the model, the report page and last the result, which marks the run as ended.
+
+        A run that was interrupted gets no result, and can be resumed.
+
+        Raises:
+            InputError: a file cannot be written; the run can be resumed to write it.
+        """
+        if outcome.judgement is not None:
+            self.run.save_model(outcome.model, runs.describe(self.request, self.splits))
+        if report is not None:
+            self.run.save_report(report)
+        if outcome.history.stopped != "interrupted":
+            self.run.save_result(outcome.result)
 
     def _fit(self, model: nn.Module, observe: Observer | None) -> History:
         try:
@@ -130,6 +142,8 @@ def start(
     splits = sources.load(data, target=target, seed=changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
     build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    # Another number of threads may add in another order: a resumed run must keep its own.
+    changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     device_of(config.device)
     request = Request(spec, config, recipe, source, target, splits.fingerprint())

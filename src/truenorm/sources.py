@@ -38,10 +38,11 @@ class Pool:
 
 
 class Source(NamedTuple):
-    """What a source holds: its examples, and its own held-out test examples if it has any."""
+    """What a source holds: its examples, and its own test and validation parts if it has any."""
 
     train: Pool
     test: Pool | None
+    valid: Pool | None = None
 
 
 def load(
@@ -57,6 +58,7 @@ def load(
         seed: of the permutation that cuts the parts.
         valid: the share of the training examples held out for validation.
         test: the share held out for the final test where the source has no test set itself.
+            A source that brings a validation part but no test part is used as it is, untested.
 
     Raises:
         InputError: nothing such exists, or it does not parse.
@@ -66,6 +68,8 @@ def load(
     found = read(source, target=target)
     labelled = _labelled(found.train, found.train.order)
     held = None if found.test is None else _labelled(found.test, labelled.classes)
+    if found.valid is not None:
+        return Splits(labelled, _labelled(found.valid, labelled.classes), held)
     return split(labelled, test=test if held is None else held, valid=valid, seed=seed)
 
 
@@ -260,19 +264,28 @@ def _idx_pool(
 # Images --------------------------------------------------------------------------------------
 
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-_TRAIN_FOLDERS, _TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "valid")
+_PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "valid": ("val", "valid", "validation"),
+}
+# Modes of 8 bits a channel: what Pillow turns into grey or RGB without loss of range.
+_GREY_MODES, _COLOUR_MODES = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
 
 
 def _read_image_folder(folder: Path, labels_needed: bool, grey: bool | None) -> Source:
     below = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
-    train = next((below[n] for n in _TRAIN_FOLDERS if n in below), None)
-    test = next((below[n] for n in _TEST_FOLDERS if n in below), None)
-    if train is None:
+    parts = {
+        part: next((below[n] for n in names if n in below), None) for part, names in _PARTS.items()
+    }
+    if parts["train"] is None:
         return Source(_image_pool(folder, labels_needed, grey), None)
-    pool = _image_pool(train, labels_needed, grey)
-    if test is None:
-        return Source(pool, None)
-    return Source(pool, _image_pool(test, labels_needed, grey=pool.x.ndim == 3))
+    train = _image_pool(parts["train"], labels_needed, grey)
+    test, valid = (
+        None if path is None else _image_pool(path, labels_needed, grey=train.x.ndim == 3)
+        for path in (parts["test"], parts["valid"])
+    )
+    return Source(train, test, valid)
 
 
 def _image_pool(folder: Path, labels_needed: bool, grey: bool | None) -> Pool:
@@ -311,8 +324,13 @@ def _decode(files: list[Path], grey: bool | None) -> Array:
                         f"{size[0]} x {size[1]}; all images must have one size: resize them."
                     )
                 size = image.size
+                if image.mode not in _GREY_MODES + _COLOUR_MODES:
+                    raise InputError(
+                        f"{path}: has pixels of mode {image.mode}, which do not fit in bytes; "
+                        "convert it to 8-bit grey or RGB."
+                    )
                 if image.mode not in ("L", "RGB"):
-                    image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+                    image = image.convert("L" if image.mode in _GREY_MODES else "RGB")
                 decoded.append(np.asarray(image))
         except InputError:
             raise
@@ -347,14 +365,19 @@ def _read_npz(path: Path, labels_needed: bool) -> Source:
         ) from error
     for x, y in _NPZ_KEYS + _NPZ_KEYS_MORE:
         if x in arrays and (y in arrays or not labels_needed):
-            tx, ty = x.replace("train", "test"), y.replace("train", "test")
-            test = Pool(arrays[tx], arrays[ty], str(path)) if tx != x and ty in arrays else None
-            return Source(Pool(arrays[x], arrays.get(y), str(path)), test)
+            test, valid = (_npz_part(arrays, x, y, part, path) for part in ("test", "val"))
+            return Source(Pool(arrays[x], arrays.get(y), str(path)), test, valid)
     pairs = ", ".join(f"{x}/{y}" for x, y in _NPZ_KEYS + _NPZ_KEYS_MORE)
     raise InputError(
         f"{path}: needs examples and labels under one of the names {pairs}, got "
         f"{', '.join(arrays) or 'no arrays'}; rename them."
     )
+
+
+def _npz_part(arrays: dict[str, Array], x: str, y: str, part: str, path: Path) -> Pool | None:
+    x, y = x.replace("train", part), y.replace("train", part)
+    wanted = x.endswith(part) or x.startswith(part)
+    return Pool(arrays[x], arrays[y], str(path)) if wanted and {x, y} <= arrays.keys() else None
 
 
 # Tables --------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def fit(
 
     The model maps a scaled batch (N, F) or (N, C, H, W) to logits (N, K). It is moved to the
     config's device and left there in eval mode. Submodules that are in eval mode inside a
-    model in train mode were frozen on purpose and stay so. torch's generators and number of
-    threads are given back.
+    model in train mode were frozen on purpose and stay so. torch's generators (of the CPU and
+    CUDA) and its number of threads are given back.
 
     Args:
         model: any module.
@@ -164,7 +164,7 @@ class _Training:
     def __post_init__(self) -> None:
         self.optimizer = Optimizer(self.model, self.config)
         self.stopping = EarlyStopping(self.config.patience, self.config.min_delta)
-        self.best = snapshot(self.model)
+        self.best = (0, snapshot(self.model))  # the best epoch and its state; 0 is before any
         self.amp = self.config.amp == "bf16" or (self.config.amp == "auto" and _bf16(self.device))
         # In a model in eval mode nothing was frozen: it was only evaluated before.
         inside = self.model.modules() if self.model.training else ()
@@ -190,11 +190,10 @@ class _Training:
         except LossNotFinite as error:
             stopped, fault = "nan", str(error)
         finally:
-            self.model.load_state_dict(self.best)
+            best_epoch, state = self.best
+            self.model.load_state_dict(state)
             self.model.eval()
-        return History(
-            tuple(self.epochs), self.stopping.best_epoch, stopped, self._seconds(), fault
-        )
+        return History(tuple(self.epochs), best_epoch, stopped, self._seconds(), fault)
 
     def _one_epoch(self, epoch: int) -> None:
         self.model.train()
@@ -205,11 +204,12 @@ class _Training:
         logits = logits_of(self.model, splits.valid, splits.scaling, self.device, amp=amp)
         valid = score(logits, splits.valid)
         best = self.stopping.improved(epoch, valid.loss)
-        if best:
-            self.best = snapshot(self.model)
         lr = learning_rate(self.config, epoch * self.steps - 1, self.config.epochs * self.steps)
         record = Epoch(epoch, train_loss, valid.loss, valid.accuracy, lr, self._seconds(), best)
+        # In this order, and the pair at once, so that Ctrl-C finds them consistent anywhere.
         self.epochs.append(record)
+        if best:
+            self.best = (epoch, snapshot(self.model))
         self._keep(self.run)
         self._tell(epoch, len(splits.train), record)
 
@@ -314,8 +314,8 @@ class _Training:
         return {
             "model": self.model.state_dict(),
             "best": self.best,
+            "best_loss": self.stopping.best,
             "optimizer": self.optimizer.state(),
-            "stopping": {"best": self.stopping.best, "best_epoch": self.stopping.best_epoch},
             "epochs": [asdict(e) for e in self.epochs],
         }
 
@@ -324,10 +324,9 @@ class _Training:
         if state is None:
             return
         self.model.load_state_dict(state["model"])
-        self.best = {k: v.to(self.best[k].device) for k, v in state["best"].items()}
+        self.best = state["best"]
         self.optimizer.load(state["optimizer"])
-        self.stopping.best = state["stopping"]["best"]
-        self.stopping.best_epoch = state["stopping"]["best_epoch"]
+        self.stopping.best, self.stopping.best_epoch = state["best_loss"], self.best[0]
         self.epochs = [Epoch(**e) for e in state["epochs"]]
         self.kept_at = self.epochs[-1].seconds
         self.started -= self.kept_at

@@ -77,6 +77,8 @@ def _introduce(console: Console, job: Job) -> None:
     config = job.request.train
     sizes = [len(splits.train), len(splits.valid), 0 if splits.test is None else len(splits.test)]
     shape = " x ".join(map(str, splits.input_shape))
+    smoothing = config.label_smoothing
+    smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
     console.print(
         f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
@@ -85,7 +87,7 @@ def _introduce(console: Console, job: Job) -> None:
     console.print(
         f"{spec.name}, norm {spec.norm}; {job.request.recipe} recipe: {config.optimizer} "
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
-        f"epochs, patience {config.patience}, seed {config.seed}"
+        f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
     )
 
 
@@ -122,7 +124,8 @@ def result(values: dict[str, Any], *, as_json: bool) -> None:
 def _result_lines(values: dict[str, Any]) -> Iterator[str]:
     ended = f"{_STOPPED[values['stopped']]} after epoch {values['epochs']}"
     if not values["restored"]:
-        yield f"{ended}; no epoch had a finite validation loss, so there is no model to keep"
+        yield f"{ended}; no epoch ended with a finite validation loss, so there is nothing to keep"
+        yield from _how_to_continue(values)
         return
     yield (
         f"{ended} ({values['fit_seconds']:.1f} s); restored epoch {values['best_epoch']}: "
@@ -134,6 +137,10 @@ def _result_lines(values: dict[str, Any]) -> Iterator[str]:
             "examples"
         )
     yield f"{values['run']}/report.html"
+    yield from _how_to_continue(values)
+
+
+def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:
     if values["stopped"] == "interrupted":
         yield f"continue with: truenorm train --resume {values['run']}"
 

@@ -53,8 +53,8 @@ def loss_curves(history: History) -> str:
     with _drawing("loss", 1) as figure:
         axes = figure.axes[0]
         epochs = [e.epoch for e in history.epochs]
-        axes.plot(epochs, [e.train_loss for e in history.epochs], color=_QUIET, label="training")
-        axes.plot(epochs, [e.valid_loss for e in history.epochs], color=_MAIN, label="validation")
+        axes.plot(epochs, [e.train_loss for e in history.epochs], color=_QUIET, marker=".", label="training")
+        axes.plot(epochs, [e.valid_loss for e in history.epochs], color=_MAIN, marker=".", label="validation")
         _mark_best(axes, history, "valid_loss")
         axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
         return _svg(figure)
@@ -66,7 +66,7 @@ def accuracy_curve(history: History) -> str:
         axes = figure.axes[0]
         epochs = [e.epoch for e in history.epochs]
         percent = [100 * e.valid_accuracy for e in history.epochs]
-        axes.plot(epochs, percent, color=_MAIN, label="validation")
+        axes.plot(epochs, percent, color=_MAIN, marker=".", label="validation")
         _mark_best(axes, history, "valid_accuracy", 100)
         axes.set(xlabel="epoch", title="Accuracy (%)")
         return _svg(figure)
