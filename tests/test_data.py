@@ -16,6 +16,7 @@ from truenorm.data import (
     chunks,
     dataset,
     gather,
+    in_batches,
     in_order,
     shifted,
     split,
@@ -118,6 +119,25 @@ def test_batches_in_order_are_the_data_in_order():
     batches = list(in_order(data, Scaling(None, torch.ones(1)), CPU, size=4))
     assert [len(b.x) for b in batches] == [4, 4, 2]
     assert torch.cat([b.x for b in batches]).flatten().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("block", [1, 40, 2**20])
+@pytest.mark.parametrize("weighted", [False, True])
+@given(count=st.integers(2, 60), size=st.integers(1, 20))
+def test_batches_of_an_order_are_its_chunks_however_many_are_gathered(block, weighted, count, size):
+    weight = np.arange(count) + 1.0 if weighted else None
+    data = dataset(np.arange(2.0 * count).reshape(count, 2), np.arange(count) % 2, weight=weight)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    scaling = Scaling(None, torch.ones(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("truenorm.data._BLOCK", block)
+        batches = list(in_batches(data, order, size, scaling, CPU))
+    assert len(batches) == len(chunks(order, size))
+    for batch, index in zip(batches, chunks(order, size), strict=True):
+        assert torch.equal(batch.x, data.x[index])
+        assert torch.equal(batch.y, data.y[index])
+        assert (batch.weight is None) == (not weighted)
+        assert batch.weight is None or torch.equal(batch.weight, data.weight[index])
 
 
 def test_a_shifted_image_is_a_window_of_the_padded_one(generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from truenorm.config import TrainConfig
-from truenorm.data import Batch, Splits, chunks, gather, shifted
+from truenorm.data import Batch, Splits, chunks, in_batches, shifted
 from truenorm.errors import InputError
 from truenorm.evaluate import autocast, logits_of, score, wide
 from truenorm.optimizer import Optimizer, learning_rate
 from truenorm.run import Run
 
 Stopped = Literal["early", "finished", "interrupted", "nan"]
-_CHECKPOINT_SECONDS = 1.0  # the work that a kill may cost; a checkpoint costs about 20 ms
+_CHECKPOINT_SECONDS = 2.0  # the work that a kill may cost; a checkpoint costs about 20 ms
 
 
 @dataclass(frozen=True)
@@ -220,20 +221,17 @@ class _Training:
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.splits.train), generator=generator)
-        batches = chunks(order, self.config.batch_size)
-        groups = [
-            batches[i : i + self.config.accumulate]
-            for i in range(0, len(batches), self.config.accumulate)
-        ]
-        told_every = max(1, len(groups) // 25)
+        data, size = self.splits.train, self.config.batch_size
+        batches = in_batches(data, order, size, self.splits.scaling, self.device)
+        told_every = max(1, self.steps // 25)
         losses, shares, done, looked = [], [], 0, 0
-        for i, group in enumerate(groups):
-            step = (epoch - 1) * len(groups) + i
-            loss, share = self._step(group, step, generator)
+        for i in range(self.steps):
+            group = list(itertools.islice(batches, self.config.accumulate))
+            loss, share = self._step(group, (epoch - 1) * self.steps + i, generator)
             losses.append(loss)
             shares.append(share)
-            done += sum(len(index) for index in group)
-            if i % told_every == 0 or i == len(groups) - 1:
+            done += sum(len(batch.y) for batch in group)
+            if i % told_every == 0 or i == self.steps - 1:
                 self._refuse_non_finite(losses, looked, epoch)
                 looked = len(losses)
                 self._tell(epoch, done)
@@ -241,10 +239,9 @@ class _Training:
         return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
 
     def _step(
-        self, group: tuple[Tensor, ...], step: int, generator: torch.Generator
+        self, batches: list[Batch], step: int, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        """One update from the batches of ``group``; its loss and its weight in the epoch."""
-        batches = [gather(self.splits.train, i, self.splits.scaling, self.device) for i in group]
+        """One update from ``batches`` together; its loss and its weight in the epoch."""
         shares = [len(b.y) if b.weight is None else float(b.weight.sum()) for b in batches]
         total = sum(shares)
         self.optimizer.zero_grad()

@@ -53,8 +53,20 @@ def loss_curves(history: History) -> str:
     with _drawing("loss", 1) as figure:
         axes = figure.axes[0]
         epochs = [e.epoch for e in history.epochs]
-        axes.plot(epochs, [e.train_loss for e in history.epochs], color=_QUIET, marker=".", label="training")
-        axes.plot(epochs, [e.valid_loss for e in history.epochs], color=_MAIN, marker=".", label="validation")
+        axes.plot(
+            epochs,
+            [e.train_loss for e in history.epochs],
+            color=_QUIET,
+            marker=".",
+            label="training",
+        )
+        axes.plot(
+            epochs,
+            [e.valid_loss for e in history.epochs],
+            color=_MAIN,
+            marker=".",
+            label="validation",
+        )
         _mark_best(axes, history, "valid_loss")
         axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
         return _svg(figure)
