@@ -62,6 +62,8 @@ def test_a_full_disk_while_training_is_told_and_loses_nothing(splits, model, tmp
         fit(model, splits, config, run=run)
     monkeypatch.setattr(Run, "save_checkpoint", whole)
     assert len(run.checkpoint()["epochs"]) == 2
+    run.abandon()
+    assert run.request() == REQUEST  # what has learned something keeps its claim
 
     resumed, straight = (truenorm.build(ModelSpec(widths=(8,)), (6,), 3, seed=0) for _ in range(2))
     fit(resumed, splits, config, run=run)

@@ -52,10 +52,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch and safetensors wrap the system's error in types of their own.
+    except OSError as error:
         raise InputError(
-            f"{path}: could not be written ({error}); what was there before is intact. "
+            f"{path}: could not be written ({error.strerror}); what was there before is intact. "
             "Free space or choose a writable folder."
         ) from error
     finally:
@@ -143,7 +142,7 @@ class Run:
 
     def abandon(self) -> None:
         """Take back the claim on the folder, if nothing was learned in it yet."""
-        if (self.folder / _CHECKPOINT).exists():
+        if (self.folder / "metrics.csv").exists():
             return
         for name in ("config.json", "environment.json"):
             (self.folder / name).unlink(missing_ok=True)
@@ -184,7 +183,9 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write all that continuing needs, as one file."""
-        write_atomically(self.folder / _CHECKPOINT, lambda path: torch.save(state, path))
+        whole = io.BytesIO()  # written by torch itself, a full disk gives an obscure error
+        torch.save(state, whole)
+        write_atomically(self.folder / _CHECKPOINT, lambda path: path.write_bytes(whole.getvalue()))
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, or None if no epoch was completed.
