@@ -33,10 +33,26 @@ def child(tokens: list[str], seconds: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def train(folder: Path, options: list[str], seconds: float | None) -> int:
+    """Start the run in ``folder``, or resume it, for at most ``seconds``; its exit status."""
+    resumes = (folder / "config.json").exists()
+    tokens = ["--resume", str(folder)] if resumes else ["--run-dir", str(folder), *options]
+    return child(["train", "--quiet", *tokens], seconds)
+
+
+def kill_and_finish(prefix: str, delays: list[float], options: list[str]) -> None:
+    """Kill runs after the ``delays``; one that ends sooner is followed by another, from anew.
+
+    Prints the status of every child.
+    """
+    ended = 0
+    for delay in delays:
+        while (status := train(Path(f"{prefix}{ended}"), options, delay)) == 0:
+            print(status, flush=True)  # flushed, or the next child would print it again
+            ended += 1
+        print(status, flush=True)
+    print(train(Path(f"{prefix}{ended}"), options, None))
+
+
 if __name__ == "__main__":
-    folder, delays, *options = sys.argv[1:]
-    for text in [*delays.split(","), ""]:
-        resumes = Path(folder, "config.json").exists()
-        tokens = ["--resume", folder] if resumes else ["--run-dir", folder, *options]
-        status = child(["train", "--quiet", *tokens], float(text) if text else None)
-        print(status)
+    kill_and_finish(sys.argv[1], [float(d) for d in sys.argv[2].split(",") if d], sys.argv[3:])
