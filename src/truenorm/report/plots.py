@@ -52,21 +52,8 @@ def loss_curves(history: History) -> str:
     """Training and validation loss by epoch, the best epoch marked."""
     with _drawing("loss", 1) as figure:
         axes = figure.axes[0]
-        epochs = [e.epoch for e in history.epochs]
-        axes.plot(
-            epochs,
-            [e.train_loss for e in history.epochs],
-            color=_QUIET,
-            marker=".",
-            label="training",
-        )
-        axes.plot(
-            epochs,
-            [e.valid_loss for e in history.epochs],
-            color=_MAIN,
-            marker=".",
-            label="validation",
-        )
+        _curve(axes, history, "train_loss", colour=_QUIET, label="training")
+        _curve(axes, history, "valid_loss", colour=_MAIN, label="validation")
         _mark_best(axes, history, "valid_loss")
         axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
         return _svg(figure)
@@ -76,9 +63,7 @@ def accuracy_curve(history: History) -> str:
     """Validation accuracy by epoch, the best epoch marked."""
     with _drawing("accuracy", 1) as figure:
         axes = figure.axes[0]
-        epochs = [e.epoch for e in history.epochs]
-        percent = [100 * e.valid_accuracy for e in history.epochs]
-        axes.plot(epochs, percent, color=_MAIN, marker=".", label="validation")
+        _curve(axes, history, "valid_accuracy", colour=_MAIN, label="validation", factor=100)
         _mark_best(axes, history, "valid_accuracy", 100)
         axes.set(xlabel="epoch", title="Accuracy (%)")
         return _svg(figure)
@@ -119,6 +104,13 @@ def _bars(axes: Axes, histogram: Histogram, colour: str, title: str) -> None:
     axes.bar(edges, histogram.counts, width, align="edge", color=colour)
     axes.set(yticks=[])
     axes.set_title(title, loc="left")
+
+
+def _curve(
+    axes: Axes, history: History, field: str, *, colour: str, label: str, factor: float = 1
+) -> None:
+    values = [getattr(e, field) * factor for e in history.epochs]
+    axes.plot([e.epoch for e in history.epochs], values, color=colour, marker=".", label=label)
 
 
 def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> None:
