@@ -178,5 +178,13 @@ def test_resuming_on_changed_data_is_refused(tmp_path):
         job.resume(tmp_path / "run")
 
 
+def test_a_resumed_run_that_fails_keeps_what_was_asked_of_it(tmp_path):
+    changes = {"batch_size": 1}  # which batch norm refuses in the first step
+    job.start("iris", ModelSpec(), changes=changes, folder=tmp_path / "run")
+    with pytest.raises(InputError, match="batch_size of at least 2"):
+        job.resume(tmp_path / "run").execute()
+    assert job.resume(tmp_path / "run").request.train.batch_size == 1
+
+
 def test_json_has_no_nan():
     assert json.loads(to_json({"a": [math.nan, math.inf, 1.5]})) == {"a": [None, None, 1.5]}

@@ -36,11 +36,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A run folder, what was asked of it, and the data."""
+    """A run folder, what was asked of it, and the data; begun anew, or resumed."""
 
     run: Run
     request: Request
     splits: Splits
+    resumed: bool = False
 
     def execute(self, observe: Observer | None = None) -> Outcome:
         """Train, restore the best epoch, and judge it on the test part.
@@ -78,7 +79,8 @@ class Job:
         try:
             return fit(model, self.splits, self.request.train, run=self.run, observe=observe)
         except InputError:
-            self.run.abandon()  # so that the mended command may use the same folder
+            if not self.resumed:
+                self.run.abandon()  # so that the mended command may use the same folder
             raise
 
     def _result(
@@ -169,7 +171,7 @@ def resume(folder: Path) -> Job:
             f"{request.data}: has changed since {folder} began; put the old data back, or start "
             "a new run."
         )
-    return Job(run, request, splits)
+    return Job(run, request, splits, resumed=True)
 
 
 def _new_folder(source: str, spec: ModelSpec) -> Path:
