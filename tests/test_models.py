@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from truenorm import InputError, ModelSpec, build
-from truenorm.layers import NORMS, RMSNorm
+from truenorm.norms import NORMS, RMSNorm
 from truenorm.models import groups_of, norm_of, patch_of
 
 NAMES = ("mlp", "convnet", "resnet", "transformer")

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from truenorm.config import TrainConfig as TrainConfig
     from truenorm.config import recipe as recipe
+    from truenorm.convert import Conversion as Conversion
+    from truenorm.convert import convert as convert
     from truenorm.data import Dataset as Dataset
     from truenorm.data import Scaling as Scaling
     from truenorm.data import Splits as Splits
@@ -23,35 +25,75 @@ if TYPE_CHECKING:
     from truenorm.estimator import NormClassifier as NormClassifier
     from truenorm.evaluate import logits_of as logits_of
     from truenorm.evaluate import score as score
+    from truenorm.layers import BatchNorm as BatchNorm
+    from truenorm.layers import BatchNorm1d as BatchNorm1d
+    from truenorm.layers import BatchNorm2d as BatchNorm2d
+    from truenorm.layers import BatchNorm3d as BatchNorm3d
+    from truenorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
+    from truenorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
+    from truenorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from truenorm.layers import Renorm as Renorm
     from truenorm.models import ModelSpec as ModelSpec
     from truenorm.models import build as build
+    from truenorm.norms import GroupNorm as GroupNorm
+    from truenorm.norms import InstanceNorm1d as InstanceNorm1d
+    from truenorm.norms import InstanceNorm2d as InstanceNorm2d
+    from truenorm.norms import InstanceNorm3d as InstanceNorm3d
+    from truenorm.norms import LayerNorm as LayerNorm
+    from truenorm.norms import RMSNorm as RMSNorm
+    from truenorm.norms import weight_standardization as weight_standardization
     from truenorm.run import Run as Run
     from truenorm.run import load_model as load_model
     from truenorm.sources import load as load
     from truenorm.train import EarlyStopping as EarlyStopping
     from truenorm.train import History as History
     from truenorm.train import fit as fit
+    from truenorm.transaction import assert_frozen as assert_frozen
+    from truenorm.transaction import attach as attach
+    from truenorm.transaction import commit as commit
+    from truenorm.transaction import rollback as rollback
 
 _HOMES = {
+    "BatchNorm": "layers",
+    "BatchNorm1d": "layers",
+    "BatchNorm2d": "layers",
+    "BatchNorm3d": "layers",
+    "Conversion": "convert",
     "Dataset": "data",
     "EarlyStopping": "train",
+    "GroupNorm": "norms",
     "History": "train",
     "InputError": "errors",
+    "InstanceNorm1d": "norms",
+    "InstanceNorm2d": "norms",
+    "InstanceNorm3d": "norms",
+    "LayerNorm": "norms",
+    "LazyBatchNorm1d": "layers",
+    "LazyBatchNorm2d": "layers",
+    "LazyBatchNorm3d": "layers",
     "ModelSpec": "models",
     "NormClassifier": "estimator",
+    "RMSNorm": "norms",
+    "Renorm": "layers",
     "Run": "run",
     "Scaling": "data",
     "Splits": "data",
     "TrainConfig": "config",
+    "assert_frozen": "transaction",
+    "attach": "transaction",
     "build": "models",
+    "commit": "transaction",
+    "convert": "convert",
     "dataset": "data",
     "fit": "train",
     "load": "sources",
     "load_model": "run",
     "logits_of": "evaluate",
     "recipe": "config",
+    "rollback": "transaction",
     "score": "evaluate",
     "split": "data",
+    "weight_standardization": "norms",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from truenorm.data import Dataset, Scaling, Splits, in_order
 from truenorm.errors import InputError
-from truenorm.layers import NORMS
+from truenorm.norms import NORMS
 
 
 class Scores(NamedTuple):

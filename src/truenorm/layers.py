@@ -1,42 +1,775 @@
-"""Normalization layers that torch lacks, and the list of what counts as one."""
+"""Batch normalization that stays right: torch.nn's layers, with options that compose."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import UninitializedBuffer
+from torch.nn.utils import parametrize
+
+from truenorm import functional
+from truenorm.distributed import Ranks
+from truenorm.errors import InputError, choose
+from truenorm.functional import ACTIVATIONS, Moments, widest
+
+Commit = Literal["forward", "step"]
+STATISTICS = ("running_mean", "running_var")
+_compiling = torch.compiler.is_compiling
+_graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
+_NO_GRAPH_TASK = -1
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalization of (N, C, *S), an example at a time.
+@dataclass(frozen=True, kw_only=True)
+class Renorm:
+    """Batch renormalization and its schedule (Ioffe 2017, https://arxiv.org/abs/1702.03275).
 
-    y = x / sqrt(mean(x^2 over C and S) + eps) * weight, with one weight per channel
-    (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). ``torch.nn.RMSNorm``
-    normalizes trailing axes only and would need one weight per position of an image.
+    In training, x_hat = (x - mean) / std * r + d with r = clip(std / running_std, 1/rmax, rmax)
+    and d = clip((mean - running_mean) / running_std, -dmax, dmax), both without gradient: the
+    activations become those of inference. The limits start at plain batch norm (1 and 0) and
+    rise in a straight line; the numbers are the paper's.
+
+    Attributes:
+        rmax: last limit of the scale's correction, at least 1.
+        dmax: last limit of the shift's correction, in standard deviations, at least 0.
+        start: batches of plain batch norm.
+        rmax_at: batch at which ``rmax`` is reached.
+        dmax_at: batch at which ``dmax`` is reached.
+
+    Raises:
+        InputError: a value outside its range.
     """
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_channels, self.eps = num_channels, eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
+    rmax: float = 3.0
+    dmax: float = 5.0
+    start: int = 5_000
+    rmax_at: int = 40_000
+    dmax_at: int = 25_000
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = wide.square().mean(tuple(range(1, x.ndim)), keepdim=True)
-        weight = self.weight.view(-1, *(1,) * (x.ndim - 2))
-        return (wide * torch.rsqrt(square + self.eps) * weight).to(x.dtype)
+    def __post_init__(self) -> None:
+        if not self.rmax >= 1:
+            raise InputError(f"rmax must be at least 1, got {self.rmax!r}; 1 corrects nothing.")
+        if not self.dmax >= 0:
+            raise InputError(f"dmax must be at least 0, got {self.dmax!r}; 0 corrects nothing.")
+        if not 0 <= self.start <= min(self.rmax_at, self.dmax_at):
+            raise InputError(
+                "start must be at least 0 and not after rmax_at and dmax_at, got "
+                f"start={self.start!r}, rmax_at={self.rmax_at!r}, dmax_at={self.dmax_at!r}."
+            )
+
+    def limits(self, batches: Tensor) -> tuple[Tensor, Tensor]:
+        """The limits of r and d once ``batches`` have been tracked."""
+
+        def risen(until: int) -> Tensor:
+            return ((batches - self.start) / max(1, until - self.start)).clamp(0, 1)
+
+        return 1 + (self.rmax - 1) * risen(self.rmax_at), self.dmax * risen(self.dmax_at)
+
+    def correction(
+        self, batch: Moments, running: tuple[Tensor, Tensor], eps: float, batches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(r, d) for each group and channel of ``batch``, without gradient."""
+        rmax, dmax = self.limits(batches)
+        std = torch.sqrt(running[1] + eps)
+        r = torch.sqrt(batch.var.detach() + eps) / std
+        d = (batch.mean.detach() - running[0]) / std
+        return torch.clamp(r, 1 / rmax, rmax), torch.clamp(d, -dmax, dmax)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What :class:`BatchNorm` has beyond torch's; each field is an argument of its constructor.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    ghost: int | None = None
+    sync: Ranks | None = None
+    renorm: Renorm | None = None
+    frozen: bool = False
+    act: str | None = None
+    min_count: int | None = None
+    commit: Commit = "forward"
+
+    def __post_init__(self) -> None:
+        for name in ("ghost", "min_count"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} must be an integer of at least 1 or None, got {value!r}.")
+        if not isinstance(self.sync, Ranks):
+            every = self.sync is True
+            ranks = Ranks(None if every else self.sync) if self.sync else None
+            object.__setattr__(self, "sync", ranks)
+        if self.renorm is not None and not isinstance(self.renorm, Renorm):
+            raise InputError(f"renorm must be truenorm.Renorm(...) or None, got {self.renorm!r}.")
+        if not isinstance(self.frozen, bool):
+            raise InputError(f"frozen must be True or False, got {self.frozen!r}.")
+        if self.act is not None:
+            choose("act", self.act, tuple(ACTIVATIONS))
+        choose("commit", self.commit, get_args(Commit))
+
+    def set(self) -> dict[str, Any]:
+        """Those that differ from their default."""
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: v for name, v in held.items() if v != getattr(Options, name)}
+
+
+@dataclass
+class _Forward:
+    """The statistics of one forward that no step has committed yet."""
+
+    moments: Moments
+    reached_by_gradient: bool = False
+
+    def mark(self, _: Tensor) -> None:
+        self.reached_by_gradient = True
+
+
+class _Option:
+    """One field of a layer's options, as an attribute of the layer."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        return self if layer is None else getattr(layer.options, self._name)
+
+    def __set__(self, layer: BatchNorm, value: Any) -> None:
+        layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of (N, C, *S), for any number of spatial axes.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the batch's own mean and biased
+    variance in training and the running ones in evaluation (Ioffe and Szegedy 2015,
+    https://arxiv.org/abs/1502.03167). It is a ``torch.nn`` batch norm: same arguments, same
+    parameters and buffers, same numbers where no option is set. What differs without an option:
+
+    - running statistics are float32 or wider, whatever the module's dtype;
+    - a batch with a value that is not finite leaves them alone (see :attr:`skipped_batches`);
+    - so does a forward inside a backward pass: activation checkpointing counts once;
+    - large means cost no precision, in any memory layout.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the NEW value in the running average (Keras's 0.99 is 0.01 here);
+            None for the cumulative average.
+        affine: learn ``weight`` and ``bias``.
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters; running statistics stay at least float32.
+        bias: learn ``bias``, if affine.
+        ghost: normalize each group of this many examples by itself in training; the last group
+            takes what is left (Hoffer et al. 2017, https://arxiv.org/abs/1705.08741). Running
+            statistics move as far per batch as without it.
+        sync: pool statistics over all ranks (True) or over a process group, on any backend.
+        renorm: batch renormalization.
+        frozen: normalize by the running statistics always; they and the affine map (then buffers,
+            not parameters) never change. May be set and unset later.
+        act: name of the activation applied last; see ``functional.ACTIVATIONS``.
+        min_count: with fewer values per channel, normalize by the running statistics, and move
+            them in proportion to the values seen, instead of raising an error.
+        commit: when running statistics are written. "forward": at once. "step": pooled over all
+            forwards since the last commit and written by :meth:`commit`, which
+            ``truenorm.attach(optimizer, model)`` calls after each step of the optimizer.
+
+    Raises:
+        InputError: an option outside its range, or one that needs statistics it does not have.
+    """
+
+    _axes: tuple[int, ...] = ()
+    _skipped: Tensor
+
+    def __init__(  # noqa: PLR0917  the first arguments are torch's, in its order
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        ghost: int | None = None,
+        sync: bool | Any = False,
+        renorm: Renorm | None = None,
+        frozen: bool = False,
+        act: str | None = None,
+        min_count: int | None = None,
+        commit: Commit = "forward",
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if not bias:
+            self.register_parameter("bias", None)
+        self.adopt(
+            Options(
+                ghost=ghost,
+                sync=sync,
+                renorm=renorm,
+                frozen=frozen,
+                act=act,
+                min_count=min_count,
+                commit=commit,
+            )
+        )
+
+    def adopt(self, options: Options) -> None:
+        """Take ``options``, all of them; also how a layer of torch's becomes one of these.
+
+        Frozen turns weight and bias into buffers: no optimizer, ``requires_grad_``, weight decay
+        or DDP reaches them, and their names in the state dict stay. Thawed they are new
+        parameters, which an optimizer must be given.
+
+        Raises:
+            InputError: an option that this layer cannot have; it is then as it was.
+        """
+        _refuse(self, options)
+        if "_skipped" not in self._buffers:
+            held = self.num_batches_tracked
+            skipped = torch.zeros((), dtype=torch.int64, device=None if held is None else held.device)
+            self.register_buffer("_skipped", skipped, persistent=False)
+            self._pending: list[_Forward] = []
+            self._told = False
+            self._options = Options()
+        self._widen_statistics(self._buffers)
+        if options.frozen != self._options.frozen:
+            for name in ("weight", "bias"):
+                self._move_affine(name, frozen=options.frozen)
+        self._options = options
+        self._plain = options == Options()
+
+    def _move_affine(self, name: str, *, frozen: bool) -> None:
+        held = getattr(self, name)
+        if held is None:
+            return
+        delattr(self, name)
+        if frozen:
+            self.register_buffer(name, held.detach())
+        else:
+            self.register_parameter(name, nn.Parameter(held))
+
+    ghost = _Option()
+    sync = _Option()
+    renorm = _Option()
+    frozen = _Option()
+    act = _Option()
+    min_count = _Option()
+
+    @property
+    def options(self) -> Options:
+        """All options; :meth:`adopt` changes them, as does setting one of them by its name."""
+        return self._options
+
+    @property
+    def skipped_batches(self) -> int:
+        """Batches left out of the running statistics because they were not finite."""
+        return int(self._skipped)
+
+    # -- torch's protocol --------------------------------------------------------------------
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if (input.ndim not in self._axes) if self._axes else input.ndim < 2:
+            wanted = " or ".join(f"{n}D" for n in self._axes) or "at least 2D"
+            raise InputError(f"expected {wanted} input (got {input.ndim}D input)")
+        if input.shape[1] != self.num_features:
+            raise InputError(
+                f"{type(self).__name__} expected {self.num_features} channels in axis 1, got input "
+                f"of shape {tuple(input.shape)}. Channels-last data must be permuted to (N, C, *S)."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._widen_statistics(before)
+        if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
+            self._skipped.zero_()
+        return self
+
+    def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
+        """Take the statistics from ``before`` where they are narrower than float32 now."""
+        for name in STATISTICS:
+            now, was = self._buffers[name], before[name]
+            if now is None or was is None or now.dtype.itemsize >= 4:
+                continue
+            if isinstance(now, UninitializedBuffer):
+                self._buffers[name] = UninitializedBuffer(dtype=torch.float32, device=now.device)
+            else:
+                self._buffers[name] = was.to(device=now.device, dtype=torch.float32)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen_statistics(self._buffers)
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics, what is pending and what was skipped."""
+        super().reset_running_stats()
+        if "_skipped" in self._buffers:  # not yet while torch's constructor runs
+            self._skipped.zero_()
+            self._pending.clear()
+            self._told = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation."""
+        super().train(mode)
+        if not torch.compiler.is_compiling() and not self._skipped.is_meta:
+            self._tell_of_skipped()
+        return self
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        return f"{self.num_channels}, eps={self.eps}"
+        """What ``print(model)`` shows: torch's line and the options that are set."""
+        told = [f"{name}={value!r}" for name, value in self._options.set().items()]
+        return ", ".join([super().extra_repr(), *told])
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalize, add ``residual``, activate.
+
+        Args:
+            input: (N, C, *S).
+            mask: bool, True where valid: (N,) for examples, (N, *S) for positions, or with as
+                many axes as the input. Invalid values are not seen, and are zero in the output.
+            residual: added before the activation, of the input's shape.
+
+        Returns:
+            Shape and dtype of ``input``.
+
+        Raises:
+            InputError: a shape that does not fit, or one value per channel in training and no
+                ``min_count``.
+        """
+        if self._plain and self.training and mask is residual is None:
+            out = self._at_once(input)
+            if out is not None:
+                return out
+        if not isinstance(input, Tensor):
+            return _traced(self, input, mask, residual)
+        self._check_input_dim(input)
+        if mask is not None:
+            mask = functional.valid(mask, input)
+            input = torch.where(mask, input, 0)
+        out = self._normalized(input, mask)
+        if residual is not None:
+            out = out + residual
+        if self._options.act is not None:
+            out = ACTIVATIONS[self._options.act](out)
+        return out if mask is None else torch.where(mask, out, 0)
+
+    def _normalized(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        options = self._options
+        if options.frozen or not (self.training or self.running_mean is None):
+            return self._by_running(x)
+        special = mask is not None
+        if self.training:
+            special |= not (options.ghost is options.sync is options.renorm is None)
+        count = x.numel() // (self.num_features or 1)
+        if count == 1 and not special and options.min_count is None:
+            raise InputError(_one_value(tuple(x.shape)))
+        if special or count < (options.min_count or 2):
+            return self._by_moments(x, mask)
+        return self._by_kernel(x, count)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The commonest case in the fewest calls; None if this is not it.
+
+        A small layer takes some 60 microseconds with its backward, a call of Python's or torch's
+        about one: so torch's kernel moves the running statistics itself, and is undone if need be.
+        """
+        held, parameters = self._buffers, self._parameters
+        if (
+            _compiling()
+            or type(x) is not Tensor
+            or _wrapped(x)
+            or not x.is_cpu
+            or x.dim() not in self._axes
+            or x.size(1) != self.num_features  # x.shape would cost as much as all these lines
+            or x.numel() < 2 * self.num_features
+            or functional.summed_in_rows(x)
+            or "weight" not in parameters
+            or "bias" not in parameters
+            or held["running_mean"] is None
+            or held["running_mean"].dtype is not x.dtype
+            or not self.track_running_stats
+            or _graph_task() != _NO_GRAPH_TASK
+        ):
+            return None
+        mean, var, batches = held["running_mean"], held["running_var"], held["num_batches_tracked"]
+        assert var is not None and batches is not None
+        before = torch.cat((mean, var))
+        batches.add_(1)
+        momentum = 1 / int(batches) if self.momentum is None else self.momentum
+        weight, bias = parameters["weight"], parameters["bias"]
+        out = torch.batch_norm(x, weight, bias, mean, var, True, momentum, self.eps, False)
+        if not math.isfinite(torch.dot(var, var).item()):
+            self._undo_if_poisoned(before)
+        return out
+
+    def _undo_if_poisoned(self, before: Tensor) -> None:
+        """Restore the statistics if the last batch made one of them infinite or NaN.
+
+        Its variance tells: no value that is not finite leaves it finite. What was broken before
+        the batch, by an old checkpoint, is not this batch's doing.
+        """
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and var is not None and batches is not None
+        old_mean, old_var = before.chunk(2)
+        if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
+            mean.copy_(old_mean)
+            var.copy_(old_var)
+            batches.sub_(1)
+            self._tally(torch.tensor(False))
+
+    def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in ``dtype``; no operation where they have it, so that graphs stay clean."""
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return weight, bias
+
+    def _by_running(self, x: Tensor) -> Tensor:
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        assert mean is not None
+        weight, bias = self._affine_in(mean.dtype)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+
+    def _by_kernel(self, x: Tensor, count: int) -> Tensor:
+        """By torch's own kernel, where no option asks for more than it computes."""
+        mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
+        var = torch.zeros_like(mean)
+        out = functional.batch_norm(x, (mean, var), self._affine_in(mean.dtype), 1.0, self.eps)
+        if self._tracks():
+            biased = var * ((count - 1) / count)
+            self._observe(Moments(mean[None], biased[None], mean.new_full((1, 1), count)), out)
+        return out
+
+    def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Any combination of options, in differentiable operations of torch."""
+        values = functional.wide(x)
+        ranks = self._options.sync if self.training else None
+        if ranks is not None and not ranks.active:
+            ranks = None
+        groups, total = self._ghosts(x, ranks)
+        batch = functional.moments(
+            values, mask, groups, total=total, reduce=None if ranks is None else ranks.sum
+        )
+        self._refuse_one_value(batch.count, tuple(x.shape))
+        mean = batch.mean
+        var = torch.where(batch.count > 0, batch.var, 1)
+        correction = None
+        if self.training and self.running_mean is not None:
+            running = (widest(self.running_mean), widest(self.running_var))
+            if self._options.renorm is not None:
+                correction = self._options.renorm.correction(
+                    batch, running, self.eps, self.num_batches_tracked
+                )
+            if self._options.min_count is not None:
+                enough = batch.count >= self._options.min_count
+                mean = torch.where(enough, mean, running[0])
+                var = torch.where(enough, var, running[1])
+                if correction is not None:
+                    r, d = correction
+                    correction = torch.where(enough, r, 1), torch.where(enough, d, 0)
+        if groups is not None:
+            mean, var = mean[groups], var[groups]
+            correction = correction and (correction[0][groups], correction[1][groups])
+        weight, bias = self._affine_in(mean.dtype)
+        out = functional.normalize(values, mean, var, weight, bias, self.eps, correction=correction)
+        out = out.to(x.dtype)
+        if self._tracks():
+            self._observe(batch.detach(), out)
+        return out
+
+    def _ghosts(self, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | None, int]:
+        """Each example's group, and the number of groups, over the joined batch of all ranks."""
+        if self._options.ghost is None or not self.training:
+            return None, 1
+        first, total = 0, x.shape[0]
+        if ranks is not None:
+            sizes = ranks.sizes(x.shape[0], x.device)
+            first, total = sum(sizes[: ranks.rank]), sum(sizes)
+        groups = max(1, math.ceil(total / self._options.ghost))
+        if groups > 1 and total % self._options.ghost * math.prod(x.shape[2:]) == 1:
+            groups -= 1  # one value alone has no variance: it joins the group before
+        examples = torch.arange(first, first + x.shape[0], device=x.device)
+        return (examples // self._options.ghost).clamp(max=groups - 1), groups
+
+    def _refuse_one_value(self, count: Tensor, shape: tuple[int, ...]) -> None:
+        if self._options.min_count is None and _readable(count, any_device=True) and (count == 1).any():
+            raise InputError(_one_value(shape))
+
+    # -- statistics --------------------------------------------------------------------------
+
+    def _tracks(self) -> bool:
+        """Whether this forward may move the running statistics.
+
+        Not inside a backward pass: what runs there repeats a forward that has been seen.
+        """
+        if not (self.training and self.track_running_stats) or self.running_mean is None:
+            return False
+        return _compiling() or _graph_task() == _NO_GRAPH_TASK
+
+    def _observe(self, batch: Moments, out: Tensor) -> None:
+        if self._options.commit == "forward":
+            self._write(batch)
+        else:
+            self._remember(batch, out)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _remember(self, batch: Moments, out: Tensor) -> None:
+        forward = _Forward(Moments(*(widest(part.detach()) for part in batch)))
+        self._pending.append(forward)
+        if out.requires_grad:
+            out.register_hook(forward.mark)
+        if len(self._pending) == _FORGOTTEN:
+            warnings.warn(
+                f"{_FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
+                "commit: its running statistics never move. Call truenorm.attach(optimizer, "
+                "model) before training.",
+                stacklevel=2,
+            )
+
+    def commit(self) -> None:
+        """Write the pooled statistics of the forwards since the last commit, as one batch.
+
+        If gradient has reached some of them, only those count: the others had no part in the
+        step, as a forward for validation has none. With ``ghost`` every group of every forward
+        is a group of the one batch.
+        """
+        pending, self._pending = self._pending, []
+        if any(forward.reached_by_gradient for forward in pending):
+            pending = [forward for forward in pending if forward.reached_by_gradient]
+        finite = [forward.moments for forward in pending if _finite(forward.moments)]
+        for _ in range(len(pending) - len(finite)):
+            self._tally(torch.tensor(False))
+        if finite:
+            columns = max(part.count.shape[1] for part in finite)
+            joined = Moments(
+                torch.cat([part.mean for part in finite]),
+                torch.cat([part.var for part in finite]),
+                torch.cat([part.count.expand(-1, columns) for part in finite]),
+            )
+            self._write(joined if self._options.ghost is not None else functional.pool(joined))
+
+    def rollback(self, *, spent_only: bool = False) -> int:
+        """Drop the statistics of the forwards since the last commit; return how many.
+
+        Args:
+            spent_only: only those that gradient has reached, because it is being thrown away.
+        """
+        kept = [f for f in self._pending if spent_only and not f.reached_by_gradient]
+        dropped = len(self._pending) - len(kept)
+        self._pending = kept
+        return dropped
+
+    def refuse(self) -> None:
+        """Drop what is pending because what came of it was not finite, and count it."""
+        for _ in range(self.rollback()):
+            self._tally(torch.tensor(False))
+
+    @torch.no_grad()
+    def _write(self, parts: Moments) -> None:
+        """Move the running statistics by ``parts``, the groups of one batch; no branch on data."""
+        assert self.running_mean is not None
+        assert self.running_var is not None and self.num_batches_tracked is not None
+        parts = Moments(*(widest(part) for part in parts))
+        mean, var = widest(self.running_mean), widest(self.running_var)
+        finite = _finite(parts)
+        enough = parts.count >= max(2, self._options.min_count or 2)
+        counts = torch.where(enough, parts.count, 0)
+        seen = (parts.count > 0 if self._options.min_count is not None else enough).any()
+        # The factor of the cumulative average is 1/n at the n-th batch.
+        momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        in_turn = self.momentum is not None
+        weights = functional.group_weights(counts, momentum, in_turn=in_turn)
+        keep = 1 - weights.sum(0)
+        new_mean = mean * keep + (weights * parts.mean).sum(0)
+        new_var = (
+            var * keep + (weights * functional.unbiased(parts.var, parts.count)).sum(0)
+        )
+        if self._options.min_count is not None:
+            rest = functional.pool(parts._replace(count=torch.where(enough, 0, parts.count)))
+            new_mean, new_var = _move_by_few(
+                (new_mean, new_var), rest, self._share_of_few(rest.count)
+            )
+        moved = finite & seen
+        self.running_mean.copy_(torch.where(moved, new_mean, mean))
+        self.running_var.copy_(torch.where(moved, new_var, var))
+        self.num_batches_tracked.add_(moved.to(torch.int64))
+        self._tally(finite)
+
+    def _share_of_few(self, count: Tensor) -> Tensor:
+        """The momentum of ``count`` values, fewer than min_count: in proportion to them."""
+        assert self._options.min_count is not None and self.num_batches_tracked is not None
+        if self.momentum is None:  # the initial statistics count as one batch
+            return torch.where(count > 0, 1 / (widest(self.num_batches_tracked) + 2), 0)
+        keep = torch.tensor(1 - self.momentum, dtype=count.dtype, device=count.device)
+        return 1 - keep ** (count / self._options.min_count).clamp(max=1)
+
+    def _tally(self, finite: Tensor) -> None:
+        """Count a batch that was not finite; tell of it now if that can be read cheaply."""
+        self._skipped.add_((~finite).to(device=self._skipped.device, dtype=torch.int64))
+        if _readable(finite) and not bool(finite):
+            self._tell_of_skipped()
+
+    def _tell_of_skipped(self) -> None:
+        if not self._told and self._skipped > 0:
+            self._told = True
+            warnings.warn(
+                f"a batch with non-finite values reached a {type(self).__name__}"
+                f"({self.num_features}); it is left out of the running statistics and counted in "
+                "skipped_batches. This is said once.",
+                stacklevel=2,
+            )
 
 
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
-NORMS: tuple[type[nn.Module], ...] = (
-    *BATCH_NORMS,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    RMSNorm,
-)
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L); see :class:`BatchNorm`."""
+
+    _axes = (2, 3)
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W); see :class:`BatchNorm`."""
+
+    _axes = (4,)
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W); see :class:`BatchNorm`."""
+
+    _axes = (5,)
+
+
+class _Lazy(_LazyNormBase, BatchNorm):
+    """Finds the number of channels at the first forward, and then becomes its plain class."""
+
+    def __init__(  # noqa: PLR0917  as torch's
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.adopt(Options(**options))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim not in self._axes:
+            wanted = " or ".join(f"{n}D" for n in self._axes)
+            raise InputError(f"expected {wanted} input (got {input.ndim}D input)")
+
+
+class LazyBatchNorm1d(_Lazy, BatchNorm1d):
+    """:class:`BatchNorm1d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(_Lazy, BatchNorm2d):
+    """:class:`BatchNorm2d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(_Lazy, BatchNorm3d):
+    """:class:`BatchNorm3d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+
+
+def _refuse(layer: _BatchNorm, options: Options) -> None:
+    """Raise InputError for what ``layer`` cannot be given."""
+    if layer.momentum is not None and not 0 <= layer.momentum <= 1:
+        raise InputError(
+            f"momentum must lie in [0, 1] or be None, got {layer.momentum!r}. "
+            "Coming from Keras or Flax? Their 0.99 is 0.01 here."
+        )
+    if not layer.eps >= 0:
+        raise InputError(f"eps must be at least 0, got {layer.eps!r}.")
+    for name in ("renorm", "min_count", "frozen"):
+        if getattr(options, name) and not layer.track_running_stats:
+            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
+    if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
+        raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
+    was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
+    if options.frozen != was and parametrize.is_parametrized(layer):
+        raise InputError(
+            "frozen cannot be changed while weight or bias are parametrized; remove the "
+            "parametrizations first."
+        )
+
+
+def _one_value(shape: tuple[int, ...]) -> str:
+    return (
+        f"Expected more than 1 value per channel when training, got input size {list(shape)}; "
+        "one value has no variance. Use a larger batch, or min_count=2 to normalize such a batch "
+        "by the running statistics."
+    )
+
+
+def _readable(x: Tensor, *, any_device: bool = False) -> bool:
+    """Whether looking at a value is possible, and cheap: no graph capture, no device to wait for."""
+    if _compiling() or type(x) is not Tensor:
+        return False
+    if not (x.is_cpu or (any_device and not x.is_meta)):
+        return False
+    return not _wrapped(x)
+
+
+def _finite(parts: Moments) -> Tensor:
+    """A scalar: no statistic of ``parts`` is NaN or infinite."""
+    return torch.isfinite(parts.var).all() & torch.isfinite(parts.mean).all()
+
+
+def _move_by_few(
+    running: tuple[Tensor, Tensor], few: Moments, momentum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Track a batch too small for a variance of its own, by its distance from the running mean.
+
+    With d = mean - running mean: mean += m d, var = (1 - m) var + m (var_batch + d^2 (2 - m) / 2).
+    The last factor makes the average right for every batch size, one included, if all come from
+    one distribution: E[d^2] = sigma^2 / n * 2 / (2 - m) (Finch 2009, incremental weighted variance).
+    """
+    d = few.mean - running[0]
+    mean = running[0] + momentum * d
+    var = (1 - momentum) * running[1] + momentum * (few.var + d.square() * (2 - momentum) / 2)
+    return mean[0], var[0]
+
+
+def _traced(layer: nn.Module, input: Any, mask: Any, residual: Any) -> Any:
+    """Under torch.fx.symbolic_trace: one call_module node, as for torch's own layers."""
+    tracer = getattr(input, "tracer", None)
+    if tracer is None:
+        raise InputError(f"input must be a tensor, got {type(input).__name__}.")
+    extra = {k: v for k, v in (("mask", mask), ("residual", residual)) if v is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), extra)
+
+
+BATCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm,)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.errors import InputError, choose
-from truenorm.layers import RMSNorm
+from truenorm.layers import BatchNorm1d, BatchNorm2d
+from truenorm.norms import InstanceNorm1d, InstanceNorm2d, RMSNorm, groups_of
 
 ModelName = Literal["mlp", "convnet", "resnet", "transformer"]
 NormName = Literal["none", "batch", "layer", "group", "instance", "rms"]
@@ -85,15 +86,6 @@ def build(
         return _ARCHITECTURES[spec.name](spec, input_shape, classes)
 
 
-def groups_of(channels: int) -> int:
-    """Groups for group norm: the most, up to 32, that leave each at least 4 channels.
-
-    32 is the paper's number (Wu and He 2018); with one value a group, a vector would be
-    normalized to zero.
-    """
-    return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
-
-
 class _VectorInstanceNorm(nn.InstanceNorm1d):
     """Instance norm of vectors (N, C): one channel whose positions are the C units.
 
@@ -114,7 +106,7 @@ def norm_of(kind: NormName, channels: int, axes: int) -> nn.Module:
     as group norm with one group does.
     """
     if kind == "batch":
-        return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[axes](channels)
+        return (BatchNorm1d, BatchNorm1d, BatchNorm2d)[axes](channels)
     if kind == "layer":
         return nn.LayerNorm(channels) if axes == 0 else nn.GroupNorm(1, channels)
     if kind == "group":
@@ -122,7 +114,7 @@ def norm_of(kind: NormName, channels: int, axes: int) -> nn.Module:
     if kind == "instance":
         if axes == 0:
             return _VectorInstanceNorm()
-        return (nn.InstanceNorm1d, nn.InstanceNorm2d)[axes - 1](channels, affine=True)
+        return (InstanceNorm1d, InstanceNorm2d)[axes - 1](channels, affine=True)
     return RMSNorm(channels) if kind == "rms" else nn.Identity()
 
 

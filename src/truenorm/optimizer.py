@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from truenorm.config import TrainConfig
 from truenorm.errors import InputError
-from truenorm.layers import NORMS
+from truenorm.norms import NORMS
 
 
 def decaying(model: nn.Module) -> set[Tensor]:

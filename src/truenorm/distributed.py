@@ -1,0 +1,80 @@
+"""Ranks: sums over a process group, with exact gradients, on any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from truenorm.errors import InputError
+
+
+class Ranks:
+    """The ranks that pool their statistics: all of them, or one process group.
+
+    A process group belongs to its process: a deep copy of a layer keeps it, a pickle cannot.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anyone to pool with."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size(self.group) > 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over ranks. Its gradient is the sum of the ranks' gradients."""
+        total: Tensor = _Sum.apply(x, self.group)  # type: ignore[no-untyped-call]
+        return total
+
+    def sizes(self, size: int, device: torch.device) -> list[int]:
+        """Each rank's ``size``, in the order of ranks."""
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=device)
+        sizes[self.rank] = size
+        dist.all_reduce(sizes, group=self.group)
+        return [int(n) for n in sizes.tolist()]
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return dist.get_rank(self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        if self.group is not None:
+            raise InputError(
+                "sync holds a process group, which cannot be pickled; save the state_dict, or set "
+                "layer.sync = True first."
+            )
+        return Ranks, ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranks) and other.group is self.group
+
+    def __hash__(self) -> int:
+        return id(self.group)
+
+    def __repr__(self) -> str:
+        return "True" if self.group is None else "<process group>"
+
+
+class _Sum(torch.autograd.Function):
+    """all_reduce is its own adjoint, so that gradients of any order are sums again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]

@@ -1,0 +1,322 @@
+"""The arithmetic of normalization. Every convention is stated here, once.
+
+- Statistics of batch norm are over the batch and all positions of a channel; x is (N, C, *S).
+- A batch is normalized by its biased variance (divided by n); the unbiased one (n - 1) is
+  tracked. eps is added to the variance, inside the root.
+- ``momentum`` is the weight of the NEW value: (1 - momentum) * running + momentum * batch. Keras,
+  Flax and Equinox mean the weight of the old one: their 0.99 is 0.01 here. None is the cumulative
+  average.
+- Variances are sums of squared differences from the mean, merged by Chan's formula, never
+  E[x^2] - E[x]^2. Half-precision values are widened to float32; merging is done in float64.
+- With a mask, what is invalid is neither seen nor written: statistics are those of the valid
+  values alone, and the invalid outputs are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from truenorm.errors import InputError
+
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
+
+
+class Moments(NamedTuple):
+    """Statistics of groups of values, one row a group.
+
+    Attributes:
+        mean: (G, C).
+        var: (G, C), biased.
+        count: (G, 1), or (G, C) where a mask differs between channels; values pooled.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def detach(self) -> Moments:
+        """The same numbers, outside of the graph."""
+        return Moments(*(part.detach() for part in self))
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in at least float32: squares of half-precision activations overflow."""
+    return x.to(statistics_dtype(x))
+
+
+def widest(x: Tensor) -> Tensor:
+    """``x`` in float64, where the device has it."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def valid(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask`` shaped to broadcast against ``x`` (N, C, *S): True where a value counts.
+
+    Args:
+        mask: bool; (N,) for whole examples, (N, *S) for positions, or with as many axes as x.
+        x: what it belongs to.
+
+    Raises:
+        InputError: not bool, or of a shape that fits none of these.
+    """
+    if mask.dtype != torch.bool:
+        raise InputError(
+            f"mask must be a bool tensor, True where a value is valid; got {mask.dtype}. "
+            "Use mask.bool() if ones mark the valid positions."
+        )
+    shaped = mask
+    if mask.ndim == 1:
+        shaped = mask.view(-1, *(1,) * (x.ndim - 1))
+    elif mask.ndim == x.ndim - 1:
+        shaped = mask.unsqueeze(1)
+    sizes = zip(shaped.shape, x.shape, strict=False)
+    if shaped.ndim != x.ndim or any(have not in (1, want) for have, want in sizes):
+        shape = tuple(x.shape)
+        raise InputError(
+            f"mask of shape {tuple(mask.shape)} does not fit input of shape {shape}; give "
+            f"{(shape[0],)} for examples, {(shape[0], *shape[2:])} for positions, or {len(shape)} "
+            "axes that broadcast."
+        )
+    return shaped
+
+
+def _over_positions(x: Tensor, mask: Tensor | None) -> Moments:
+    """Moments of each example's channels over its positions, as (N, C) rows, widest."""
+    axes = list(range(2, x.ndim))
+    positions = math.prod(x.shape[2:])
+    if mask is None:
+        count = x.new_full((x.shape[0], 1), positions, dtype=torch.float64)
+        if not axes:
+            return Moments(widest(x), torch.zeros_like(widest(x)), widest(count))
+        if not positions:
+            empty = widest(x.sum(axes))
+            return Moments(empty, empty, widest(count))
+        mean = x.mean(axes, keepdim=True)
+        centred = x - mean
+        # The mean's own rounding error is a shift of every difference; it is taken out again.
+        slip = centred.mean(axes)
+        var = centred.square().mean(axes) - slip.square()
+        return Moments(widest(mean.flatten(1) + slip), widest(var), widest(count))
+    shape = torch.broadcast_shapes(mask.shape, (x.shape[0], 1, *x.shape[2:]))
+    count = widest(mask.expand(shape).sum(axes))
+    if not axes:
+        return Moments(widest(x), torch.zeros_like(widest(x)), count)
+    each = count.clamp(min=1).view(*count.shape, *(1,) * len(axes))
+    mean = widest(x.sum(axes, keepdim=True)) / each  # x is zero where invalid
+    centred = torch.where(mask, x - mean.to(x.dtype), 0)
+    slip = widest(centred.sum(axes)) / each.flatten(1)
+    var = widest(centred.square().sum(axes)) / each.flatten(1) - slip.square()
+    return Moments(mean.to(x.dtype).to(mean.dtype).flatten(1) + slip, var, count)
+
+
+def moments(
+    x: Tensor,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    total: int = 1,
+    reduce: Reduce | None = None,
+) -> Moments:
+    """Moments of each channel of ``x`` over examples and positions; differentiable twice.
+
+    Each example's positions are reduced first, examples are then merged by the formula of Chan,
+    Golub and LeVeque (1979), which also merges ranks: counts and sums travel, then squared
+    differences from the common mean.
+
+    Args:
+        x: (N, C, *S), float32 or float64; zero where the mask is False.
+        mask: as :func:`valid` returns it.
+        groups: (N,) group of each example; None for one group.
+        total: the number of groups.
+        reduce: sums over ranks, each of which must call this with equal C and total.
+
+    Returns:
+        Moments of (total, C); a group without values has mean and variance zero.
+    """
+    each = _over_positions(x, mask)
+
+    def over_examples(values: Tensor) -> Tensor:
+        if groups is None:
+            return values.sum(0, keepdim=True)
+        return values.new_zeros(total, values.shape[1]).index_add(0, groups, values)
+
+    def spread(values: Tensor) -> Tensor:
+        return values if groups is None else values[groups]
+
+    count, sums = over_examples(each.count), over_examples(each.mean * each.count)
+    if reduce is not None:
+        columns = count.shape[1]
+        both = reduce(torch.cat([count, sums], 1))
+        count, sums = both[:, :columns].detach(), both[:, columns:]
+    safe = count.clamp(min=1)
+    mean = sums / safe
+    squares = over_examples((each.var + (each.mean - spread(mean)).square()) * each.count)
+    if reduce is not None:
+        squares = reduce(squares)
+    return Moments(mean, squares / safe, count)
+
+
+def pool(parts: Moments) -> Moments:
+    """All rows of ``parts`` as one: Chan's formula for any number of parts.
+
+    mean = sum(n_i mean_i) / n; var = sum(n_i (var_i + (mean_i - mean)^2)) / n.
+    """
+    count = parts.count.sum(0, keepdim=True)
+    safe = count.clamp(min=1)
+    mean = (parts.mean * parts.count).sum(0, keepdim=True) / safe
+    squares = (parts.var + (parts.mean - mean).square()) * parts.count
+    return Moments(mean, squares.sum(0, keepdim=True) / safe, count)
+
+
+def unbiased(var: Tensor, count: Tensor) -> Tensor:
+    """Bessel-corrected variance: what is tracked, never what normalizes the batch."""
+    return var * (count / (count - 1).clamp(min=1))
+
+
+def track(old: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
+    """Move ``old`` toward ``new``: (1 - momentum) * old + momentum * new."""
+    return old * (1 - momentum) + new * momentum
+
+
+def group_weights(count: Tensor, momentum: Tensor | float, *, in_turn: bool) -> Tensor:
+    """How much of each group enters the running average, (G, C); a column sums to ``momentum``.
+
+    In turn: groups are tracked one after another, the i-th with 1 - (1 - momentum)^(n_i / n), so
+    that a batch moves the average equally far in any number of groups: the horizon stays.
+    Otherwise, as for the cumulative average, and at momentum 1, which would keep the last group
+    alone: by size.
+    """
+    share = count / count.sum(0).clamp(min=1)
+    if not in_turn or momentum == 1:
+        return share * momentum
+    later = share.sum(0) - share.cumsum(0)
+    keep = 1 - momentum
+    weights: Tensor = (1 - keep**share) * keep**later
+    return weights
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    correction: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype of ``x``.
+
+    The mean is subtracted first: folded into the bias it would cancel where it is large.
+
+    Args:
+        x: (N, C, *S).
+        mean: (1, C) or, for each example, (N, C).
+        var: as ``mean``.
+        weight: (C,) or None for 1.
+        bias: (C,) or None for 0.
+        eps: added to the variance.
+        correction: (r, d) of batch renormalization, shaped as ``mean``: (...) * r + d before
+            the affine map.
+    """
+    scale = torch.rsqrt(var + eps)
+    shift = None
+    if correction is not None:
+        scale, shift = scale * correction[0], correction[1]
+    if weight is not None:
+        scale = scale * weight
+        shift = None if shift is None else shift * weight
+    if bias is not None:
+        shift = bias if shift is None else shift + bias
+
+    def along_channels(values: Tensor) -> Tensor:
+        return values.to(x.dtype).view(-1, values.shape[-1], *(1,) * (x.ndim - 2))
+
+    out = (x - along_channels(mean)) * along_channels(scale)
+    return out if shift is None else out + along_channels(shift)
+
+
+def batch_norm(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    affine: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's own batch normalization in training.
+
+    Moves ``running``, (C,) each, toward the batch's mean and UNBIASED variance by ``momentum``.
+
+    The mean of a channel can be taken out beforehand without a change to output or gradient.
+    It is, where torch's kernel for rows adds up in float32 more values than that can bear:
+    for a mean of 1e4 and a standard deviation of 0.1 its variance is off by 10 % at 1e5 values
+    a channel and by a factor of 1e6 at 3e6.
+    """
+    if summed_in_rows(x):
+        shift = x.detach().mean([a for a in range(x.ndim) if a != 1])
+        x = x - shift.view(-1, *(1,) * (x.ndim - 2))
+        out = torch.batch_norm(x, *affine, *running, True, momentum, eps, False)
+        running[0].add_(shift, alpha=momentum)
+        return out
+    cudnn = x.is_cuda and torch.backends.cudnn.enabled
+    return torch.batch_norm(x, *affine, *running, True, momentum, eps, cudnn)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics of ``x``: at least float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+_ROWS = 2**15  # values a channel and thread: up to there the variance above is within 1 %
+
+
+def summed_in_rows(x: Tensor) -> bool:
+    """Whether torch's CPU kernel adds up too many rows of channels in float32."""
+    if x.numel() <= _ROWS * x.size(1) or not x.is_cpu or x.dtype == torch.float64:
+        return False
+    if x.numel() <= _ROWS * x.shape[1] * torch.get_num_threads():
+        return False
+    if x.ndim == 2:
+        return x.is_contiguous()
+    if x.ndim not in (4, 5):
+        return False
+    rows = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=rows)
+
+
+def masked_moments(x: Tensor, mask: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the valid values along ``axes``, kept as axes of one.
+
+    ``x`` is zero where the mask is False; without any valid value both are zero.
+    """
+    count = mask.expand(x.shape).sum(axes, keepdim=True).clamp(min=1)
+    mean = x.sum(axes, keepdim=True) / count
+    centred = torch.where(mask, x - mean, 0)
+    slip = centred.sum(axes, keepdim=True) / count
+    var = centred.square().sum(axes, keepdim=True) / count - slip.square()
+    return mean + slip, var
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    # The first three need only their result for the gradient, and may overwrite the input.
+    "relu": torch.relu_,
+    "leaky_relu": lambda x: F.leaky_relu(x, inplace=True),
+    "elu": lambda x: F.elu(x, inplace=True),
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "selu": F.selu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
