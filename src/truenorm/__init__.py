@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from truenorm.config import TrainConfig as TrainConfig
     from truenorm.config import recipe as recipe
-    from truenorm.convert import Conversion as Conversion
-    from truenorm.convert import convert as convert
+    from truenorm.conversion import Conversion as Conversion
+    from truenorm.conversion import convert as convert
     from truenorm.data import Dataset as Dataset
     from truenorm.data import Scaling as Scaling
     from truenorm.data import Splits as Splits
@@ -58,7 +58,7 @@ _HOMES = {
     "BatchNorm1d": "layers",
     "BatchNorm2d": "layers",
     "BatchNorm3d": "layers",
-    "Conversion": "convert",
+    "Conversion": "conversion",
     "Dataset": "data",
     "EarlyStopping": "train",
     "GroupNorm": "norms",
@@ -83,7 +83,7 @@ _HOMES = {
     "attach": "transaction",
     "build": "models",
     "commit": "transaction",
-    "convert": "convert",
+    "convert": "conversion",
     "dataset": "data",
     "fit": "train",
     "load": "sources",

@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """This process's place in the group."""
+        """The place of this process in the group."""
         return dist.get_rank(self.group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -76,5 +76,5 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]

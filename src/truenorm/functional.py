@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
     def detach(self) -> Moments:
         """The same numbers, outside of the graph."""
@@ -103,7 +103,7 @@ def _over_positions(x: Tensor, mask: Tensor | None) -> Moments:
         slip = centred.mean(axes)
         var = centred.square().mean(axes) - slip.square()
         return Moments(widest(mean.flatten(1) + slip), widest(var), widest(count))
-    shape = torch.broadcast_shapes(mask.shape, (x.shape[0], 1, *x.shape[2:]))
+    shape = (x.shape[0], mask.shape[1], *x.shape[2:])
     count = widest(mask.expand(shape).sum(axes))
     if not axes:
         return Moments(widest(x), torch.zeros_like(widest(x)), count)
@@ -203,10 +203,8 @@ def group_weights(count: Tensor, momentum: Tensor | float, *, in_turn: bool) -> 
 
 def normalize(
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    stats: tuple[Tensor, Tensor],
+    affine: tuple[Tensor | None, Tensor | None],
     eps: float,
     *,
     correction: tuple[Tensor, Tensor] | None = None,
@@ -217,14 +215,13 @@ def normalize(
 
     Args:
         x: (N, C, *S).
-        mean: (1, C) or, for each example, (N, C).
-        var: as ``mean``.
-        weight: (C,) or None for 1.
-        bias: (C,) or None for 0.
+        stats: mean and variance, (1, C) or, for each example, (N, C).
+        affine: weight and bias, (C,) or None for 1 and 0.
         eps: added to the variance.
-        correction: (r, d) of batch renormalization, shaped as ``mean``: (...) * r + d before
+        correction: (r, d) of batch renormalization, shaped as ``stats``: (...) * r + d before
             the affine map.
     """
+    (mean, var), (weight, bias) = stats, affine
     scale = torch.rsqrt(var + eps)
     shift = None
     if correction is not None:
@@ -249,7 +246,7 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """torch's own batch normalization in training.
+    """Batch normalization in training, by torch's own kernel.
 
     Moves ``running``, (C,) each, toward the batch's mean and UNBIASED variance by ``momentum``.
 
@@ -290,7 +287,7 @@ def summed_in_rows(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=rows)
 
 
-def masked_moments(x: Tensor, mask: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def masked_moments(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the valid values along ``axes``, kept as axes of one.
 
     ``x`` is zero where the mask is False; without any valid value both are zero.

@@ -95,7 +95,7 @@ class Options:
     """
 
     ghost: int | None = None
-    sync: Ranks | None = None
+    sync: Ranks | Any = None  # given True, or a process group, it becomes Ranks
     renorm: Renorm | None = None
     frozen: bool = False
     act: str | None = None
@@ -242,7 +242,9 @@ class BatchNorm(_BatchNorm):
         _refuse(self, options)
         if "_skipped" not in self._buffers:
             held = self.num_batches_tracked
-            skipped = torch.zeros((), dtype=torch.int64, device=None if held is None else held.device)
+            skipped = torch.zeros(
+                (), dtype=torch.int64, device=None if held is None else held.device
+            )
             self.register_buffer("_skipped", skipped, persistent=False)
             self._pending: list[_Forward] = []
             self._told = False
@@ -295,7 +297,7 @@ class BatchNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
         if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
             self._skipped.zero_()
@@ -308,7 +310,9 @@ class BatchNorm(_BatchNorm):
             if now is None or was is None or now.dtype.itemsize >= 4:
                 continue
             if isinstance(now, UninitializedBuffer):
-                self._buffers[name] = UninitializedBuffer(dtype=torch.float32, device=now.device)
+                self._buffers[name] = UninitializedBuffer(  # type: ignore[call-arg]
+                    dtype=torch.float32, device=now.device
+                )
             else:
                 self._buffers[name] = was.to(device=now.device, dtype=torch.float32)
 
@@ -334,7 +338,7 @@ class BatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows: torch's line and the options that are set."""
         told = [f"{name}={value!r}" for name, value in self._options.set().items()]
-        return ", ".join([super().extra_repr(), *told])
+        return ", ".join([super().extra_repr(), *told])  # type: ignore[no-untyped-call]
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -379,7 +383,7 @@ class BatchNorm(_BatchNorm):
             return self._by_running(x)
         special = mask is not None
         if self.training:
-            special |= not (options.ghost is options.sync is options.renorm is None)
+            special |= any((options.ghost, options.sync, options.renorm))
         count = x.numel() // (self.num_features or 1)
         if count == 1 and not special and options.min_count is None:
             raise InputError(_one_value(tuple(x.shape)))
@@ -393,7 +397,9 @@ class BatchNorm(_BatchNorm):
         A small layer takes some 60 microseconds with its backward, a call of Python's or torch's
         about one: so torch's kernel moves the running statistics itself, and is undone if need be.
         """
-        held, parameters = self._buffers, self._parameters
+        held: dict[str, Any] = self._buffers
+        parameters = self._parameters
+        mean = held["running_mean"]
         if (
             _compiling()
             or type(x) is not Tensor
@@ -405,14 +411,13 @@ class BatchNorm(_BatchNorm):
             or functional.summed_in_rows(x)
             or "weight" not in parameters
             or "bias" not in parameters
-            or held["running_mean"] is None
-            or held["running_mean"].dtype is not x.dtype
+            or mean is None
+            or mean.dtype is not x.dtype
             or not self.track_running_stats
             or _graph_task() != _NO_GRAPH_TASK
         ):
             return None
-        mean, var, batches = held["running_mean"], held["running_var"], held["num_batches_tracked"]
-        assert var is not None and batches is not None
+        var, batches = held["running_var"], held["num_batches_tracked"]
         before = torch.cat((mean, var))
         batches.add_(1)
         momentum = 1 / int(batches) if self.momentum is None else self.momentum
@@ -428,8 +433,7 @@ class BatchNorm(_BatchNorm):
         Its variance tells: no value that is not finite leaves it finite. What was broken before
         the batch, by an old checkpoint, is not this batch's doing.
         """
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None and var is not None and batches is not None
+        mean, var, batches = self._statistics()
         old_mean, old_var = before.chunk(2)
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
             mean.copy_(old_mean)
@@ -438,8 +442,9 @@ class BatchNorm(_BatchNorm):
             self._tally(torch.tensor(False))
 
     def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias in ``dtype``; no operation where they have it, so that graphs stay clean."""
-        weight, bias = self.weight, self.bias
+        """Weight and bias in ``dtype``; no operation where they have it: graphs stay clean."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
         if weight is not None and weight.dtype != dtype:
             weight = weight.to(dtype)
         if bias is not None and bias.dtype != dtype:
@@ -447,8 +452,7 @@ class BatchNorm(_BatchNorm):
         return weight, bias
 
     def _by_running(self, x: Tensor) -> Tensor:
-        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        assert mean is not None
+        mean, var, _ = self._statistics()
         weight, bias = self._affine_in(mean.dtype)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
@@ -477,11 +481,10 @@ class BatchNorm(_BatchNorm):
         var = torch.where(batch.count > 0, batch.var, 1)
         correction = None
         if self.training and self.running_mean is not None:
-            running = (widest(self.running_mean), widest(self.running_var))
+            running_mean, running_var, batches = self._statistics()
+            running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
-                correction = self._options.renorm.correction(
-                    batch, running, self.eps, self.num_batches_tracked
-                )
+                correction = self._options.renorm.correction(batch, running, self.eps, batches)
             if self._options.min_count is not None:
                 enough = batch.count >= self._options.min_count
                 mean = torch.where(enough, mean, running[0])
@@ -492,8 +495,8 @@ class BatchNorm(_BatchNorm):
         if groups is not None:
             mean, var = mean[groups], var[groups]
             correction = correction and (correction[0][groups], correction[1][groups])
-        weight, bias = self._affine_in(mean.dtype)
-        out = functional.normalize(values, mean, var, weight, bias, self.eps, correction=correction)
+        affine = self._affine_in(mean.dtype)
+        out = functional.normalize(values, (mean, var), affine, self.eps, correction=correction)
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
@@ -514,10 +517,22 @@ class BatchNorm(_BatchNorm):
         return (examples // self._options.ghost).clamp(max=groups - 1), groups
 
     def _refuse_one_value(self, count: Tensor, shape: tuple[int, ...]) -> None:
-        if self._options.min_count is None and _readable(count, any_device=True) and (count == 1).any():
+        if (
+            self._options.min_count is None
+            and _readable(count, any_device=True)
+            and (count == 1).any()
+        ):
             raise InputError(_one_value(shape))
 
     # -- statistics --------------------------------------------------------------------------
+
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean and variance and the number of batches, past nn.Module's slow attributes."""
+        held = self._buffers
+        mean, var, batches = held["running_mean"], held["running_var"], held["num_batches_tracked"]
+        if mean is None or var is None or batches is None:
+            raise AssertionError("asked for statistics that are not tracked")
+        return mean, var, batches
 
     def _tracks(self) -> bool:
         """Whether this forward may move the running statistics.
@@ -539,7 +554,7 @@ class BatchNorm(_BatchNorm):
         forward = _Forward(Moments(*(widest(part.detach()) for part in batch)))
         self._pending.append(forward)
         if out.requires_grad:
-            out.register_hook(forward.mark)
+            out.register_hook(forward.mark)  # type: ignore[no-untyped-call]
         if len(self._pending) == _FORGOTTEN:
             warnings.warn(
                 f"{_FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
@@ -589,39 +604,36 @@ class BatchNorm(_BatchNorm):
     @torch.no_grad()
     def _write(self, parts: Moments) -> None:
         """Move the running statistics by ``parts``, the groups of one batch; no branch on data."""
-        assert self.running_mean is not None
-        assert self.running_var is not None and self.num_batches_tracked is not None
+        running_mean, running_var, batches = self._statistics()
         parts = Moments(*(widest(part) for part in parts))
-        mean, var = widest(self.running_mean), widest(self.running_var)
+        mean, var = widest(running_mean), widest(running_var)
         finite = _finite(parts)
         enough = parts.count >= max(2, self._options.min_count or 2)
         counts = torch.where(enough, parts.count, 0)
         seen = (parts.count > 0 if self._options.min_count is not None else enough).any()
         # The factor of the cumulative average is 1/n at the n-th batch.
-        momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        momentum = 1 / (batches + 1) if self.momentum is None else self.momentum
         in_turn = self.momentum is not None
         weights = functional.group_weights(counts, momentum, in_turn=in_turn)
         keep = 1 - weights.sum(0)
         new_mean = mean * keep + (weights * parts.mean).sum(0)
-        new_var = (
-            var * keep + (weights * functional.unbiased(parts.var, parts.count)).sum(0)
-        )
+        new_var = var * keep + (weights * functional.unbiased(parts.var, parts.count)).sum(0)
         if self._options.min_count is not None:
             rest = functional.pool(parts._replace(count=torch.where(enough, 0, parts.count)))
             new_mean, new_var = _move_by_few(
                 (new_mean, new_var), rest, self._share_of_few(rest.count)
             )
         moved = finite & seen
-        self.running_mean.copy_(torch.where(moved, new_mean, mean))
-        self.running_var.copy_(torch.where(moved, new_var, var))
-        self.num_batches_tracked.add_(moved.to(torch.int64))
+        running_mean.copy_(torch.where(moved, new_mean, mean))
+        running_var.copy_(torch.where(moved, new_var, var))
+        batches.add_(moved.to(torch.int64))
         self._tally(finite)
 
     def _share_of_few(self, count: Tensor) -> Tensor:
         """The momentum of ``count`` values, fewer than min_count: in proportion to them."""
-        assert self._options.min_count is not None and self.num_batches_tracked is not None
+        assert self._options.min_count is not None
         if self.momentum is None:  # the initial statistics count as one batch
-            return torch.where(count > 0, 1 / (widest(self.num_batches_tracked) + 2), 0)
+            return torch.where(count > 0, 1 / (widest(self._statistics()[2]) + 2), 0)
         keep = torch.tensor(1 - self.momentum, dtype=count.dtype, device=count.device)
         return 1 - keep ** (count / self._options.min_count).clamp(max=1)
 
@@ -689,19 +701,19 @@ class _Lazy(_LazyNormBase, BatchNorm):
 class LazyBatchNorm1d(_Lazy, BatchNorm1d):
     """:class:`BatchNorm1d` that takes ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_Lazy, BatchNorm2d):
     """:class:`BatchNorm2d` that takes ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_Lazy, BatchNorm3d):
     """:class:`BatchNorm3d` that takes ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d
 
 
 def _refuse(layer: _BatchNorm, options: Options) -> None:
@@ -735,7 +747,7 @@ def _one_value(shape: tuple[int, ...]) -> str:
 
 
 def _readable(x: Tensor, *, any_device: bool = False) -> bool:
-    """Whether looking at a value is possible, and cheap: no graph capture, no device to wait for."""
+    """Whether a value can be looked at, and cheaply: no graph capture, no device to wait for."""
     if _compiling() or type(x) is not Tensor:
         return False
     if not (x.is_cpu or (any_device and not x.is_meta)):
@@ -755,7 +767,8 @@ def _move_by_few(
 
     With d = mean - running mean: mean += m d, var = (1 - m) var + m (var_batch + d^2 (2 - m) / 2).
     The last factor makes the average right for every batch size, one included, if all come from
-    one distribution: E[d^2] = sigma^2 / n * 2 / (2 - m) (Finch 2009, incremental weighted variance).
+    one distribution: E[d^2] = sigma^2 / n * 2 / (2 - m) (after Finch 2009, Incremental
+    calculation of weighted mean and variance).
     """
     d = few.mean - running[0]
     mean = running[0] + momentum * d

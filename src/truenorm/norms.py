@@ -47,8 +47,8 @@ def _masked_groups(
     if input.shape[1] % groups:
         raise InputError(f"expected channels divisible by {groups}, got {tuple(input.shape)}.")
     x = functional.wide(torch.where(mask, input, 0))
-    grouped = x.unflatten(1, (groups, -1))
-    cells = mask.expand(x.shape).unflatten(1, (groups, -1))
+    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
     mean, var = functional.masked_moments(grouped, cells, tuple(range(2, grouped.ndim)))
     normed = ((grouped - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
     return torch.where(mask, _affine(normed, *affine).to(input.dtype), 0)

@@ -37,7 +37,10 @@ class Attachment:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         grads = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
         finite = all(bool(torch.isfinite(g.sum())) or bool(torch.isfinite(g).all()) for g in grads)
         for layer in transactional(self._model):
@@ -105,7 +108,9 @@ def assert_frozen(model: nn.Module) -> None:
     Raises:
         AssertionError: names every layer that could move, and why; or there is no batch norm.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
     if not norms:
         raise AssertionError("the model has no batch norm that could be frozen.")
     moving = [f"  {name or '(model)'}: {_why_moving(m)}" for name, m in norms.items()]
