@@ -110,3 +110,85 @@ def standardize(x):
     x = np.asarray(x, np.float64)
     std = x.std(0)
     return (x - x.mean(0)) / np.where(std > 0, std, 1)
+
+
+class BatchNorm:
+    """Batch norm with a mask, ghost batches, renormalization and a least count, value by value.
+
+    Statistics are tracked group after group, each with 1 - (1 - momentum)^(its share of the
+    values), at momentum 1 and None by share; groups below ``min_count`` together, by their
+    distance from the running mean.
+    """
+
+    def __init__(
+        self, channels, *, momentum=0.1, eps=1e-5, ghost=None, renorm=None, min_count=None
+    ):
+        self.mean, self.var, self.batches = np.zeros(channels), np.ones(channels), 0
+        self.momentum, self.eps, self.ghost = momentum, eps, ghost
+        self.renorm, self.min_count = renorm, min_count  # renorm: (rmax, dmax)
+
+    def groups(self, x):
+        """The examples of each group; a last one of a single value joins the one before."""
+        n, positions = len(x), int(np.prod(x.shape[2:]))
+        size = self.ghost or max(n, 1)
+        groups = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+        if len(groups) > 1 and len(groups[-1]) * positions == 1:
+            groups[-2:] = [groups[-2] + groups[-1]]
+        return groups
+
+    def forward(self, x, mask=None):
+        """The normalized values of x (N, C, *S), zero where the mask (x's shape) is False."""
+        x = np.asarray(x, np.float64)
+        mask = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
+        out, least = np.zeros(x.shape), self.min_count or 2
+        after = self.mean.copy(), self.var.copy()
+        seen = False
+        for c in range(x.shape[1]):
+            parts, few = [], []
+            for group in self.groups(x):
+                here = mask[group, c]
+                values = x[group, c][here]
+                if not len(values):
+                    continue
+                mean, var = values.mean(), values.var()
+                if len(values) < least:
+                    few.extend(values)
+                    normed = (values - self.mean[c]) / np.sqrt(self.var[c] + self.eps)
+                else:
+                    parts.append((len(values), mean, values.var(ddof=1)))
+                    std, running = np.sqrt(var + self.eps), np.sqrt(self.var[c] + self.eps)
+                    normed = (values - mean) / std
+                    if self.renorm is not None:
+                        rmax, dmax = self.renorm
+                        r = np.clip(std / running, 1 / rmax, rmax)
+                        normed = normed * r + np.clip((mean - self.mean[c]) / running, -dmax, dmax)
+                block = np.zeros(here.shape)
+                block[here] = normed
+                out[group, c] = block
+            seen |= bool(parts or few)
+            after[0][c], after[1][c] = self.track(self.mean[c], self.var[c], parts, few)
+        if seen:
+            (self.mean, self.var), self.batches = after, self.batches + 1
+        return out
+
+    def track(self, mean, var, parts, few):
+        total = sum(n for n, _, _ in parts)
+        old_mean, old_var = mean, var
+        momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
+        if self.momentum is None or momentum == 1:
+            shares = [momentum * n / total for n, _, _ in parts]
+            mean = (1 - sum(shares)) * old_mean + sum(s * p[1] for s, p in zip(shares, parts))
+            var = (1 - sum(shares)) * old_var + sum(s * p[2] for s, p in zip(shares, parts))
+        else:
+            for n, m, v in parts:
+                weight = 1 - (1 - momentum) ** (n / total)
+                mean, var = mean + weight * (m - mean), var + weight * (v - var)
+        if few:
+            if self.momentum is None:
+                weight = 1 / (self.batches + 2)
+            else:
+                weight = 1 - (1 - momentum) ** min(1, len(few) / self.min_count)
+            d = np.mean(few) - mean
+            mean += weight * d
+            var = (1 - weight) * var + weight * (np.var(few) + d**2 * (2 - weight) / 2)
+        return mean, var

@@ -97,22 +97,23 @@ def _over_positions(x: Tensor, mask: Tensor | None) -> Moments:
         if not positions:
             empty = widest(x.sum(axes))
             return Moments(empty, empty, widest(count))
-        mean = x.mean(axes, keepdim=True)
-        centred = x - mean
-        # The mean's own rounding error is a shift of every difference; it is taken out again.
+        # A constant is taken out first: sums of small differences are exact, of large values not.
+        shift = x.detach().mean(axes, keepdim=True)
+        centred = x - shift
         slip = centred.mean(axes)
         var = centred.square().mean(axes) - slip.square()
-        return Moments(widest(mean.flatten(1) + slip), widest(var), widest(count))
+        return Moments(widest(shift.flatten(1)) + widest(slip), widest(var), widest(count))
     shape = (x.shape[0], mask.shape[1], *x.shape[2:])
-    count = widest(mask.expand(shape).sum(axes))
     if not axes:
-        return Moments(widest(x), torch.zeros_like(widest(x)), count)
-    each = count.clamp(min=1).view(*count.shape, *(1,) * len(axes))
-    mean = widest(x.sum(axes, keepdim=True)) / each  # x is zero where invalid
-    centred = torch.where(mask, x - mean.to(x.dtype), 0)
-    slip = widest(centred.sum(axes)) / each.flatten(1)
-    var = widest(centred.square().sum(axes)) / each.flatten(1) - slip.square()
-    return Moments(mean.to(x.dtype).to(mean.dtype).flatten(1) + slip, var, count)
+        return Moments(widest(x), torch.zeros_like(widest(x)), widest(mask.expand(shape)))
+    count = widest(mask.expand(shape).sum(axes))
+    each = count.clamp(min=1)
+    sums = x.detach().sum(axes)  # x is zero where invalid
+    shift = (widest(sums) / each).to(x.dtype)
+    centred = torch.where(mask, x - shift.view(*shift.shape, *(1,) * len(axes)), 0)
+    slip = widest(centred.sum(axes)) / each
+    var = widest(centred.square().sum(axes)) / each - slip.square()
+    return Moments(widest(shift) + slip, var, count)
 
 
 def moments(
@@ -160,6 +161,18 @@ def moments(
     if reduce is not None:
         squares = reduce(squares)
     return Moments(mean, squares / safe, count)
+
+
+def joined(parts: list[Moments]) -> Moments:
+    """All groups of ``parts`` in one table, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = max(part.count.shape[1] for part in parts)
+    return Moments(
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.var for part in parts]),
+        torch.cat([part.count.expand(-1, columns) for part in parts]),
+    )
 
 
 def pool(parts: Moments) -> Moments:
@@ -221,22 +234,40 @@ def normalize(
         correction: (r, d) of batch renormalization, shaped as ``stats``: (...) * r + d before
             the affine map.
     """
-    (mean, var), (weight, bias) = stats, affine
-    scale = torch.rsqrt(var + eps)
-    shift = None
+    mean, var = stats
+    scale, offset = torch.rsqrt(var + eps), None
     if correction is not None:
-        scale, shift = scale * correction[0], correction[1]
+        scale, offset = scale * correction[0], correction[1]
+    weight, bias = affine
     if weight is not None:
         scale = scale * weight
-        shift = None if shift is None else shift * weight
+        offset = None if offset is None else offset * weight
     if bias is not None:
-        shift = bias if shift is None else shift + bias
+        offset = bias if offset is None else offset + bias
+    if mean.shape[0] == 1:
+        return _by_channel(x, mean[0], scale[0], offset)
 
     def along_channels(values: Tensor) -> Tensor:
         return values.to(x.dtype).view(-1, values.shape[-1], *(1,) * (x.ndim - 2))
 
     out = (x - along_channels(mean)) * along_channels(scale)
-    return out if shift is None else out + along_channels(shift)
+    return out if offset is None else out + along_channels(offset)
+
+
+def _by_channel(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(x - mean) * scale + offset, (C,) each, in one sweep forward and one backward.
+
+    The kernel is that of batch norm in evaluation, to which the mean is a constant; what depends
+    on it, (constant - mean) * scale, is zero and enters with the offset for its gradient alone.
+    """
+    constant = mean.detach()
+    moved = (constant - mean) * scale
+    if offset is not None:
+        moved = moved + offset.flatten()
+    dtype = statistics_dtype(x)
+    one = torch.ones_like(constant, dtype=dtype)
+    affine = scale.to(dtype), moved.to(dtype)
+    return torch.batch_norm(x, *affine, constant.to(dtype), one, False, 0.0, 0.0, x.is_cuda)
 
 
 def batch_norm(
@@ -259,10 +290,25 @@ def batch_norm(
         shift = x.detach().mean([a for a in range(x.ndim) if a != 1])
         x = x - shift.view(-1, *(1,) * (x.ndim - 2))
         out = torch.batch_norm(x, *affine, *running, True, momentum, eps, False)
-        running[0].add_(shift, alpha=momentum)
+        # .data: the backward holds the statistics, but does not look at them.
+        running[0].data.add_(shift, alpha=momentum)
         return out
     cudnn = x.is_cuda and torch.backends.cudnn.enabled
     return torch.batch_norm(x, *affine, *running, True, momentum, eps, cudnn)
+
+
+def renormalize(
+    x: Tensor,
+    correction: tuple[Tensor, Tensor],
+    affine: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """(x * r + d) * weight + bias of a normalized ``x`` (N, C, *S); r and d are (C,)."""
+    (scale, shift), (weight, bias) = correction, affine
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    if bias is not None:
+        shift = shift + bias
+    return _by_channel(x, torch.zeros_like(shift), scale, shift)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

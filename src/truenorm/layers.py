@@ -71,7 +71,7 @@ class Renorm:
         """The limits of r and d once ``batches`` have been tracked."""
 
         def risen(until: int) -> Tensor:
-            return ((batches - self.start) / max(1, until - self.start)).clamp(0, 1)
+            return ((widest(batches) - self.start) / max(1, until - self.start)).clamp(0, 1)
 
         return 1 + (self.rmax - 1) * risen(self.rmax_at), self.dmax * risen(self.dmax_at)
 
@@ -103,10 +103,12 @@ class Options:
     commit: Commit = "forward"
 
     def __post_init__(self) -> None:
-        for name in ("ghost", "min_count"):
+        for name, least in (("ghost", 1), ("min_count", 2)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name} must be an integer of at least 1 or None, got {value!r}.")
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise InputError(
+                    f"{name} must be an integer of at least {least} or None, got {value!r}."
+                )
         if not isinstance(self.sync, Ranks):
             every = self.sync is True
             ranks = Ranks(None if every else self.sync) if self.sync else None
@@ -160,6 +162,7 @@ class BatchNorm(_BatchNorm):
     - running statistics are float32 or wider, whatever the module's dtype;
     - a batch with a value that is not finite leaves them alone (see :attr:`skipped_batches`);
     - so does a forward inside a backward pass: activation checkpointing counts once;
+    - so does an empty batch;
     - large means cost no precision, in any memory layout.
 
     Args:
@@ -255,6 +258,10 @@ class BatchNorm(_BatchNorm):
                 self._move_affine(name, frozen=options.frozen)
         self._options = options
         self._plain = options == Options()
+        # What torch's kernel can do with the running statistics in one go; see _at_once.
+        self._direct = self._plain or not (
+            options.ghost or options.sync or options.renorm or options.commit == "step"
+        )
 
     def _move_affine(self, name: str, *, frozen: bool) -> None:
         held = getattr(self, name)
@@ -321,9 +328,12 @@ class BatchNorm(_BatchNorm):
         self._widen_statistics(self._buffers)
 
     def reset_running_stats(self) -> None:
-        """Forget the running statistics, what is pending and what was skipped."""
+        """Forget the running statistics, what is pending and what was skipped; not if frozen."""
+        adopted = "_skipped" in self._buffers  # not while torch's constructor runs
+        if adopted and self._options.frozen:
+            return  # torch.optim.swa_utils.update_bn resets every batch norm it finds
         super().reset_running_stats()
-        if "_skipped" in self._buffers:  # not yet while torch's constructor runs
+        if adopted:
             self._skipped.zero_()
             self._pending.clear()
             self._told = False
@@ -381,15 +391,20 @@ class BatchNorm(_BatchNorm):
         options = self._options
         if options.frozen or not (self.training or self.running_mean is None):
             return self._by_running(x)
-        special = mask is not None
-        if self.training:
-            special |= any((options.ghost, options.sync, options.renorm))
-        count = x.numel() // (self.num_features or 1)
-        if count == 1 and not special and options.min_count is None:
-            raise InputError(_one_value(tuple(x.shape)))
-        if special or count < (options.min_count or 2):
+        if mask is not None or (self.training and options.sync):
             return self._by_moments(x, mask)
-        return self._by_kernel(x, count)
+        sizes = self._ghost_sizes(x.shape[0], x.shape[2:].numel()) if self.training else None
+        sizes = sizes or [x.shape[0]]
+        least = min(sizes) * x.shape[2:].numel()
+        if least == 1 and options.min_count is None:
+            raise InputError(_one_value(tuple(x.shape)))
+        if least < (options.min_count or 2):
+            return self._by_moments(x, mask)
+        if self._direct and self.training:
+            out = self._at_once(x)
+            if out is not None:
+                return out
+        return self._by_kernel(x, sizes)
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The commonest case in the fewest calls; None if this is not it.
@@ -436,8 +451,9 @@ class BatchNorm(_BatchNorm):
         mean, var, batches = self._statistics()
         old_mean, old_var = before.chunk(2)
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            mean.copy_(old_mean)
-            var.copy_(old_var)
+            # .data: the backward of this batch holds the statistics, but does not look at them.
+            mean.data.copy_(old_mean)
+            var.data.copy_(old_var)
             batches.sub_(1)
             self._tally(torch.tensor(False))
 
@@ -456,14 +472,30 @@ class BatchNorm(_BatchNorm):
         weight, bias = self._affine_in(mean.dtype)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _by_kernel(self, x: Tensor, count: int) -> Tensor:
-        """By torch's own kernel, where no option asks for more than it computes."""
-        mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
-        var = torch.zeros_like(mean)
-        out = functional.batch_norm(x, (mean, var), self._affine_in(mean.dtype), 1.0, self.eps)
+    def _by_kernel(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
+        renorm = self._options.renorm if self.training else None
+        positions = x.shape[2:].numel()
+        outs, parts = [], []
+        for part in x.split(sizes) if len(sizes) > 1 else [x]:
+            count = part.shape[0] * positions
+            mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
+            var = torch.zeros_like(mean)
+            affine = self._affine_in(mean.dtype) if renorm is None else (None, None)
+            out = functional.batch_norm(part, (mean, var), affine, 1.0, self.eps)
+            batch = Moments(
+                mean[None], var[None] * ((count - 1) / count), mean.new_full((1, 1), count)
+            )
+            if renorm is not None:
+                running_mean, running_var, batches = self._statistics()
+                r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
+                correction = r[0].to(mean.dtype), d[0].to(mean.dtype)
+                out = functional.renormalize(out, correction, self._affine_in(mean.dtype))
+            outs.append(out)
+            parts.append(batch)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
-            biased = var * ((count - 1) / count)
-            self._observe(Moments(mean[None], biased[None], mean.new_full((1, 1), count)), out)
+            self._observe(functional.joined(parts), out)
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -472,7 +504,7 @@ class BatchNorm(_BatchNorm):
         ranks = self._options.sync if self.training else None
         if ranks is not None and not ranks.active:
             ranks = None
-        groups, total = self._ghosts(x, ranks)
+        groups, total = self._groups(x, ranks)
         batch = functional.moments(
             values, mask, groups, total=total, reduce=None if ranks is None else ranks.sum
         )
@@ -502,19 +534,31 @@ class BatchNorm(_BatchNorm):
             self._observe(batch.detach(), out)
         return out
 
-    def _ghosts(self, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | None, int]:
-        """Each example's group, and the number of groups, over the joined batch of all ranks."""
+    def _ghost_sizes(self, examples: int, positions: int) -> list[int] | None:
+        """Examples of each group; None for one group of all.
+
+        The last takes what is left, or, if that is one value, it joins the group before: alone it
+        has no variance.
+        """
+        size = self._options.ghost
+        if size is None or examples <= size:
+            return None
+        sizes = [min(size, examples - start) for start in range(0, examples, size)]
+        if sizes[-1] * positions == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes
+
+    def _groups(self, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | None, int]:
+        """The group of each example, and their number, over the joined batch of all ranks."""
         if self._options.ghost is None or not self.training:
             return None, 1
-        first, total = 0, x.shape[0]
-        if ranks is not None:
-            sizes = ranks.sizes(x.shape[0], x.device)
-            first, total = sum(sizes[: ranks.rank]), sum(sizes)
-        groups = max(1, math.ceil(total / self._options.ghost))
-        if groups > 1 and total % self._options.ghost * math.prod(x.shape[2:]) == 1:
-            groups -= 1  # one value alone has no variance: it joins the group before
-        examples = torch.arange(first, first + x.shape[0], device=x.device)
-        return (examples // self._options.ghost).clamp(max=groups - 1), groups
+        counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
+        sizes = self._ghost_sizes(sum(counts), x.shape[2:].numel())
+        if sizes is None:
+            return None, 1
+        first = 0 if ranks is None else sum(counts[: ranks.rank])
+        ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return ids[first : first + x.shape[0]].to(x.device), len(sizes)
 
     def _refuse_one_value(self, count: Tensor, shape: tuple[int, ...]) -> None:
         if (
@@ -573,17 +617,12 @@ class BatchNorm(_BatchNorm):
         pending, self._pending = self._pending, []
         if any(forward.reached_by_gradient for forward in pending):
             pending = [forward for forward in pending if forward.reached_by_gradient]
-        finite = [forward.moments for forward in pending if _finite(forward.moments)]
+        finite = [f.moments for f in pending if self._finite(f.moments)]
         for _ in range(len(pending) - len(finite)):
             self._tally(torch.tensor(False))
         if finite:
-            columns = max(part.count.shape[1] for part in finite)
-            joined = Moments(
-                torch.cat([part.mean for part in finite]),
-                torch.cat([part.var for part in finite]),
-                torch.cat([part.count.expand(-1, columns) for part in finite]),
-            )
-            self._write(joined if self._options.ghost is not None else functional.pool(joined))
+            groups = functional.joined(finite)
+            self._write(groups if self._options.ghost is not None else functional.pool(groups))
 
     def rollback(self, *, spent_only: bool = False) -> int:
         """Drop the statistics of the forwards since the last commit; return how many.
@@ -603,16 +642,25 @@ class BatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _write(self, parts: Moments) -> None:
-        """Move the running statistics by ``parts``, the groups of one batch; no branch on data."""
+        """Move the running statistics by ``parts``, the groups of one batch.
+
+        No branch depends on data, so that it can be compiled and no device is waited for; where
+        neither matters and the batch is one group, the same in fewer calls.
+        """
         running_mean, running_var, batches = self._statistics()
+        if parts.count.numel() == 1 and _readable(parts.count):
+            count = parts.count.item()
+            if count >= max(2, self._options.min_count or 2):
+                self._write_one(parts.mean[0], parts.var[0] * (count / (count - 1)))
+                return
         parts = Moments(*(widest(part) for part in parts))
         mean, var = widest(running_mean), widest(running_var)
-        finite = _finite(parts)
+        finite = self._finite(parts)
         enough = parts.count >= max(2, self._options.min_count or 2)
         counts = torch.where(enough, parts.count, 0)
         seen = (parts.count > 0 if self._options.min_count is not None else enough).any()
         # The factor of the cumulative average is 1/n at the n-th batch.
-        momentum = 1 / (batches + 1) if self.momentum is None else self.momentum
+        momentum = 1 / (widest(batches) + 1) if self.momentum is None else self.momentum
         in_turn = self.momentum is not None
         weights = functional.group_weights(counts, momentum, in_turn=in_turn)
         keep = 1 - weights.sum(0)
@@ -628,6 +676,25 @@ class BatchNorm(_BatchNorm):
         running_var.copy_(torch.where(moved, new_var, var))
         batches.add_(moved.to(torch.int64))
         self._tally(finite)
+
+    def _write_one(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics toward the mean and the unbiased variance of a batch."""
+        running_mean, running_var, batches = self._statistics()
+        mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
+        if not math.isfinite((mean.sum() + var.sum()).item()) and not (
+            bool(torch.isfinite(mean).all()) and bool(torch.isfinite(var).all())
+        ):
+            self._tally(torch.tensor(False))
+            return
+        batches.add_(1)
+        momentum = 1 / int(batches) if self.momentum is None else self.momentum
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var, momentum)
+
+    def _finite(self, parts: Moments) -> Tensor:
+        """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
+        dtype = self._statistics()[0].dtype
+        return torch.stack([torch.isfinite(p.to(dtype)).all() for p in parts[:2]]).all()
 
     def _share_of_few(self, count: Tensor) -> Tensor:
         """The momentum of ``count`` values, fewer than min_count: in proportion to them."""
@@ -753,11 +820,6 @@ def _readable(x: Tensor, *, any_device: bool = False) -> bool:
     if not (x.is_cpu or (any_device and not x.is_meta)):
         return False
     return not _wrapped(x)
-
-
-def _finite(parts: Moments) -> Tensor:
-    """A scalar: no statistic of ``parts`` is NaN or infinite."""
-    return torch.isfinite(parts.var).all() & torch.isfinite(parts.mean).all()
 
 
 def _move_by_few(

@@ -20,6 +20,7 @@ from truenorm.errors import InputError
 from truenorm.evaluate import autocast, logits_of, score, wide
 from truenorm.optimizer import Optimizer, learning_rate
 from truenorm.run import Run
+from truenorm.transaction import transactional
 
 Stopped = Literal["early", "finished", "interrupted", "nan"]
 _CHECKPOINT_SECONDS = 2.0  # the work that a kill may cost; a checkpoint costs about 20 ms
@@ -172,6 +173,7 @@ class _Training:
         self.frozen = [m for m in inside if not m.training]
         batches = len(chunks(torch.arange(len(self.splits.train)), self.config.batch_size))
         self.steps = math.ceil(batches / self.config.accumulate)
+        self.transactional = transactional(self.model)
         self.started = time.perf_counter()
         self.kept_at = 0.0
 
@@ -253,6 +255,8 @@ class _Training:
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(loss.detach())
         self.optimizer.step(learning_rate(self.config, step, self.config.epochs * self.steps))
+        for layer in self.transactional:
+            layer.commit()
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum()), total
 
     def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
