@@ -18,6 +18,8 @@ lint: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
+	$(BIN)/python bench/layers.py
+	$(BIN)/python bench/small_batch.py
 
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py

@@ -177,8 +177,12 @@ class BatchNorm:
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         if self.momentum is None or momentum == 1:
             shares = [momentum * n / total for n, _, _ in parts]
-            mean = (1 - sum(shares)) * old_mean + sum(s * p[1] for s, p in zip(shares, parts))
-            var = (1 - sum(shares)) * old_var + sum(s * p[2] for s, p in zip(shares, parts))
+            mean = (1 - sum(shares)) * old_mean + sum(
+                s * p[1] for s, p in zip(shares, parts, strict=True)
+            )
+            var = (1 - sum(shares)) * old_var + sum(
+                s * p[2] for s, p in zip(shares, parts, strict=True)
+            )
         else:
             for n, m, v in parts:
                 weight = 1 - (1 - momentum) ** (n / total)

@@ -82,7 +82,9 @@ def same_training(a, b, x, steps=3, **tolerance):
     track=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_without_options_it_is_torchs_layer(axes, n, affine, momentum, track, dtype):
+def test_without_options_it_is_torchs_layer(  # noqa: PLR0917
+    axes, n, affine, momentum, track, dtype
+):
     a, b = twins(axes, 3, momentum=momentum, track_running_stats=track, dtype=dtype, **affine)
     tolerance = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     same_training(a, b, normal(n, 3, *(4, 3, 2)[:axes], dtype=dtype) * 2 + 1, **tolerance)
@@ -234,7 +236,7 @@ def test_the_shift_changes_neither_output_nor_gradient(monkeypatch):
     momentum=st.sampled_from([None, 0.1, 0.9, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_options_in_any_combination_follow_the_reference(
+def test_options_in_any_combination_follow_the_reference(  # noqa: PLR0917
     n, channels, positions, ghost, renorm, min_count, masked, momentum, seed
 ):
     options = {"momentum": momentum, "ghost": ghost, "min_count": min_count}
@@ -305,10 +307,10 @@ def test_what_is_masked_is_never_seen(training, junk):
     results = []
     for x in (clean, dirty):
         layer = randomized(tn.BatchNorm1d(4)).train(training)
-        x = x.clone().requires_grad_()
-        y = layer(x, mask)
+        seen = x.clone().requires_grad_()
+        y = layer(seen, mask)
         y.square().sum().backward()
-        results.append((y, x.grad, layer.weight.grad, layer.running_var))
+        results.append((y, seen.grad, layer.weight.grad, layer.running_var))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -438,7 +440,7 @@ def test_torchs_freezing_is_undone_by_train_and_is_found():
     before = layer.running_mean.clone()
     layer.train()(normal(8, 3).float() + 5)
     assert not torch.equal(before, layer.running_mean)
-    with pytest.raises(AssertionError, match="0: .*frozen=False"):
+    with pytest.raises(AssertionError, match=r"0: .*frozen=False"):
         tn.assert_frozen(nn.Sequential(tn.BatchNorm1d(3)))
     with pytest.raises(AssertionError, match="no batch norm"):
         tn.assert_frozen(nn.Linear(2, 2))
@@ -631,7 +633,7 @@ def test_torch_func_sees_the_gradients():
     loss(held).backward()
     for name, parameter in layer.named_parameters():
         assert_close(grads[name], parameter.grad)
-    many = torch.func.vmap(lambda one: layer(one))(x.view(2, 3, 3))
+    many = torch.func.vmap(layer)(x.view(2, 3, 3))
     assert_close(many, torch.stack([layer(one) for one in x.view(2, 3, 3)]))
     assert_close(
         torch.func.jacrev(layer)(x).flatten(2).sum(), torch.func.jacfwd(layer)(x).flatten(2).sum()

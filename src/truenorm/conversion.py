@@ -316,7 +316,7 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
         delattr(layer, name)
     del layer._buffers["_skipped"]
     layer._non_persistent_buffers_set.discard("_skipped")
-    _narrow_statistics(layer)
+    _narrow_statistics(layer, layer.__dict__.pop("_narrow", None))
     _become(layer, kind)
     if isinstance(layer, nn.SyncBatchNorm):
         layer.process_group = group
@@ -325,14 +325,16 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     return _described(layer), "; ".join(lost)
 
 
-def _narrow_statistics(layer: _BatchNorm) -> None:
+def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
     """Torch keeps statistics in the dtype of the weight, and its kernels insist on it."""
-    if layer.weight is None or layer.weight.dtype.itemsize >= 4:
-        return
+    if layer.weight is not None:
+        dtype = layer.weight.dtype
     for name in STATISTICS:
         held = layer._buffers[name]
-        if held is not None and not isinstance(held, UninitializedBuffer):
-            layer._buffers[name] = held.to(layer.weight.dtype)
+        if held is None or isinstance(held, UninitializedBuffer):
+            continue
+        if dtype is not None and dtype.itemsize < 4:
+            layer._buffers[name] = held.to(dtype)
 
 
 def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tuple[str, str]:
@@ -355,7 +357,7 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     kept = {"eps", "affine"}
-    ours = {"_options", "_plain", "_direct", "_pending", "_told", "process_group"}
+    ours = {"_options", "_plain", "_direct", "_pending", "_told", "_narrow", "process_group"}
     for name in {"num_features", "momentum", "track_running_stats", *ours} - kept:
         layer.__dict__.pop(name, None)
     _become(layer, norms.GroupNorm)

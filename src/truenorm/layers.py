@@ -195,6 +195,7 @@ class BatchNorm(_BatchNorm):
 
     _axes: tuple[int, ...] = ()
     _skipped: Tensor
+    _narrow: torch.dtype | None = None  # of the statistics, had they not been widened
 
     def __init__(  # noqa: PLR0917  the first arguments are torch's, in its order
         self,
@@ -304,6 +305,8 @@ class BatchNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
+        if self._narrow is not None:
+            self._narrow = fn(torch.empty(0, dtype=self._narrow, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
         if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
@@ -316,6 +319,7 @@ class BatchNorm(_BatchNorm):
             now, was = self._buffers[name], before[name]
             if now is None or was is None or now.dtype.itemsize >= 4:
                 continue
+            self._narrow = now.dtype
             if isinstance(now, UninitializedBuffer):
                 self._buffers[name] = UninitializedBuffer(  # type: ignore[call-arg]
                     dtype=torch.float32, device=now.device
@@ -477,7 +481,7 @@ class BatchNorm(_BatchNorm):
         renorm = self._options.renorm if self.training else None
         positions = x.shape[2:].numel()
         outs, parts = [], []
-        for part in x.split(sizes) if len(sizes) > 1 else [x]:
+        for part in torch.split(x, sizes) if len(sizes) > 1 else [x]:
             count = part.shape[0] * positions
             mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
             var = torch.zeros_like(mean)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+import truenorm as tn
+
+EPS = 1e-5
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def affine(layer, seed=7):
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + i))
+    return layer
+
+
+def by_hand(x, mask, blocks, root=False):
+    """Each block of values normalized by those of its values that are valid; others zero."""
+    out = np.zeros(x.shape)
+    for block in blocks:
+        here = mask[block]
+        values = x[block][here]
+        if len(values):
+            mean = 0 if root else values.mean()
+            part = np.zeros(here.shape)
+            part[here] = (values - mean) / np.sqrt(((values - mean) ** 2).mean() + EPS)
+            out[block] = part
+    return out
+
+
+@given(
+    n=st.integers(1, 4),
+    groups=st.sampled_from([1, 2, 6]),
+    positions=st.sampled_from([(), (5,), (3, 2)]),
+    kind=st.sampled_from(["group", "instance", "rms"]),
+    seed=st.integers(0, 999),
+)
+def test_masked_norms_follow_their_definition(n, groups, positions, kind, seed):
+    x = normal(n, 6, *positions, seed=seed) * 3 + 1
+    mask = normal(n, *positions, seed=seed + 1) > -0.5
+    if kind == "instance":
+        if not positions:
+            return
+        groups = 6
+        classes = (tn.InstanceNorm1d, tn.InstanceNorm2d)
+        layer = classes[len(positions) - 1](6, affine=True).double()
+    elif kind == "group":
+        layer = tn.GroupNorm(groups, 6).double()
+    else:
+        groups = 1
+        layer = tn.RMSNorm(6).double()
+    affine(layer)
+    full = (
+        mask.unsqueeze(1).expand(x.shape).numpy()
+        if positions
+        else np.broadcast_to(mask.numpy()[:, None], x.shape)
+    )
+    size = 6 // groups
+    blocks = [(i, slice(g * size, (g + 1) * size)) for i in range(n) for g in range(groups)]
+    expected = by_hand(x.numpy(), full, blocks, root=kind == "rms")
+    along = (-1, *(1,) * len(positions))
+    expected = expected * layer.weight.detach().numpy().reshape(along)
+    if kind != "rms":
+        expected = expected + layer.bias.detach().numpy().reshape(along)
+    expected = np.where(full, expected, 0)
+    assert_close(layer(x, mask).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3,)])
+def test_a_layer_norms_mask_may_hide_vectors_or_values(shape):
+    x = normal(2, 3, 4)
+    layer = affine(tn.LayerNorm(shape[-1:] if len(shape) == 1 else shape).double())
+    if len(shape) == 1:
+        x = normal(2, 4, 3)
+        mask = normal(2, 4, seed=3) > 0
+        expected = torch.where(mask[..., None], nn.LayerNorm.forward(layer, x), 0)
+        assert_close(layer(x, mask), expected)
+        return
+    mask = normal(2, 3, 4, seed=3) > -0.5
+    expected = by_hand(x.numpy(), mask.numpy(), [(0,), (1,)])
+    expected = expected * layer.weight.detach().numpy() + layer.bias.detach().numpy()
+    expected = np.where(mask.numpy(), expected, 0)
+    assert_close(layer(x, mask).detach().numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [tn.GroupNorm(2, 4), tn.InstanceNorm1d(4, affine=True), tn.RMSNorm(4), tn.LayerNorm(5)],
+    ids=lambda m: type(m).__name__,
+)
+def test_masked_gradients_are_exact_and_padding_is_not_seen(layer):
+    layer = affine(layer.double())
+    x = normal(2, 4, 5)
+    if isinstance(layer, tn.LayerNorm):
+        mask = normal(2, 4, seed=3) > -0.5
+        hidden = ~mask[..., None].expand(x.shape)
+    else:
+        mask = normal(2, 5, seed=3) > -0.5
+        hidden = ~mask[:, None].expand(x.shape)
+    assert gradcheck(lambda x: layer(x, mask), (x.clone().requires_grad_(),))
+    dirty = torch.where(hidden, float("nan"), x)
+    assert torch.equal(layer(dirty, mask), layer(x, mask))
+    assert not layer(dirty, mask)[hidden].any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_a_mask_they_are_torchs(layout):
+    x = normal(3, 4, 5, 6, dtype=torch.float32).to(memory_format=layout)
+    for ours, theirs in [
+        (tn.GroupNorm(2, 4), nn.GroupNorm(2, 4)),
+        (tn.InstanceNorm2d(4, affine=True), nn.InstanceNorm2d(4, affine=True)),
+        (tn.InstanceNorm2d(4), nn.InstanceNorm2d(4)),
+        (
+            tn.InstanceNorm2d(4, track_running_stats=True),
+            nn.InstanceNorm2d(4, track_running_stats=True),
+        ),
+        (tn.LayerNorm(6), nn.LayerNorm(6)),
+    ]:
+        affine(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        assert_close(ours(x), theirs(x))
+        if not (isinstance(ours, tn.LayerNorm) or getattr(ours, "track_running_stats", False)):
+            assert ours(x).stride() == x.stride()
+
+
+def test_masks_that_do_not_fit_are_refused():
+    x = normal(2, 4, 5)
+    with pytest.raises(tn.InputError, match="mask must be a bool"):
+        tn.GroupNorm(2, 4)(x, torch.ones(2, 5))
+    with pytest.raises(tn.InputError, match="track_running_stats=False"):
+        tn.InstanceNorm1d(4, track_running_stats=True)(x, torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(tn.InputError, match="mask must be bool with 2 or 3 axes"):
+        tn.LayerNorm(5)(x, torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(3, 8, 3),
+        nn.ConvTranspose2d(3, 8, 3),
+        nn.Linear(6, 4),
+        nn.Conv2d(4, 8, 3, groups=2),
+    ],
+    ids=lambda m: f"{type(m).__name__}",
+)
+def test_standardized_weights_have_mean_0_and_variance_1_for_each_output(module):
+    module = module.double()
+    plain = module.weight.detach().clone()
+    tn.weight_standardization(module)
+    rows = module.weight.movedim(1 if isinstance(module, nn.ConvTranspose2d) else 0, 0).flatten(1)
+    assert_close(rows.mean(1), torch.zeros(len(rows), dtype=torch.float64))
+    before = plain.movedim(1 if isinstance(module, nn.ConvTranspose2d) else 0, 0).flatten(1)
+    variance = before.var(1, correction=0)
+    assert_close(rows.var(1, correction=0), variance / (variance + EPS))
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    assert torch.equal(module.weight, plain)
+
+
+def test_weights_that_cannot_be_standardized_are_refused():
+    with pytest.raises(tn.InputError, match="at least two axes, got 'weight' of BatchNorm1d"):
+        tn.weight_standardization(nn.BatchNorm1d(3))
+    with pytest.raises(tn.InputError, match="groups=1"):
+        tn.weight_standardization(nn.ConvTranspose2d(4, 4, 3, groups=2))
