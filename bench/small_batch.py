@@ -27,7 +27,6 @@ RENORM = Renorm(start=500, rmax_at=4_000, dmax_at=2_500)
 KINDS: dict[str, dict[str, Any]] = {
     "torch.nn.BatchNorm2d": {"to": "torch"},
     "truenorm, renorm": {"to": "truenorm", "renorm": RENORM},
-    "truenorm, renorm, momentum 0.01": {"to": "truenorm", "renorm": RENORM},
 }
 RUNS = [(64, "torch.nn.BatchNorm2d"), *((b, kind) for b in (4, 2) for kind in KINDS)]
 
@@ -40,8 +39,6 @@ def one(job: tuple[int, int, str]) -> dict[str, Any]:
     spec = truenorm.ModelSpec(name="convnet")
     model = truenorm.build(spec, splits.input_shape, 10, seed=seed)
     truenorm.convert(model, **KINDS[kind])
-    if "momentum" in kind:
-        truenorm.convert(model, to="keras", momentum=0.99)
     config = truenorm.recipe(
         "default",
         "convnet",

@@ -355,7 +355,8 @@ def main(folder: Path, rank: int) -> None:
             except Exception:
                 given[name] = traceback.format_exc()
                 break
-        torch.save(given, folder / f"{world}-{rank}.pt")
+            finally:  # each time: a process that aborts keeps what it had
+                torch.save(given, folder / f"{world}-{rank}.pt")
         dist.destroy_process_group()
 
 

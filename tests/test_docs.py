@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("page", ["layers.md"])
+def test_the_examples_of_a_page_run_in_order(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    told = [line[2:] for line in "\n".join(blocks).splitlines() if line.startswith("# ")]
+    assert printed == told
