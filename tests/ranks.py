@@ -83,7 +83,6 @@ CASES = {
     "mask, all ranks blind": Case((3, 2), masked="positions", blind=(0, 1)),
     "mask and an empty rank": Case((0, 5, 2), masked="positions"),
     "mask on one rank only": Case((3, 4), masked="positions", open_eyed=(1,)),
-    "mask of values on one rank only": Case((3, 4), masked="values", open_eyed=(1,)),
     "ghosts over borders": Case((5, 4), {"ghost": 2}),
     "a last smaller ghost": Case((3, 4, 4), {"ghost": 4}),
     "a ghost over three ranks": Case((2, 1, 2, 3), {"ghost": 5}),
@@ -114,6 +113,8 @@ CASES = {
     "recomputed in the backward pass": Case((2, 4), recomputed=True),
     "recomputed ghosts": Case((3, 2), {"ghost": 2}, masked="positions", recomputed=True),
     "float32": Case((3, 4, 2), dtype=torch.float32),
+    # Last: where ranks differ in the shape of what they sum, gloo aborts the process.
+    "mask of values on one rank only": Case((3, 4), masked="values", open_eyed=(1,)),
 }
 
 LAYERS = {
@@ -127,7 +128,7 @@ LAYERS = {
 def begun(layer: Any) -> Any:
     """``layer`` with parameters and statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(99)
-    for name, values in layer.state_dict().items():
+    for name, values in sorted(layer.state_dict().items()):
         if name != "num_batches_tracked":
             values.copy_(torch.rand(CHANNELS, generator=generator, dtype=torch.float64) + 0.5)
     return layer
@@ -331,7 +332,7 @@ SPECIAL: dict[int, dict[str, Callable[[], dict[str, Any]]]] = {
 
 def cases(world: int) -> dict[str, Callable[[], dict[str, Any]]]:
     named = {n: partial(on_this_rank, c) for n, c in CASES.items() if len(c.counts) == world}
-    return named | SPECIAL[world]
+    return SPECIAL[world] | named
 
 
 def main(folder: Path, rank: int) -> None:

@@ -345,6 +345,22 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
         tn.BatchNorm2d(3)(normal(4, 3, 5, 6).float(), mask)
 
 
+def test_one_layer_may_be_called_in_different_ways_before_the_backward():
+    layer, theirs = tn.BatchNorm1d(3, min_count=2), nn.BatchNorm1d(3)
+    x = normal(4, 3, 5).float()
+    every = torch.ones(4, 5, dtype=torch.bool)
+    a = layer(x) + layer(x, every) + layer(x)
+    b = theirs(x) + theirs(x) + theirs(x)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    assert_close(layer.weight.grad, theirs.weight.grad)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="skipped_batches"):
+        layer(bad).sum().backward()  # no error of autograd's either
+    assert_close(layer.running_var, theirs.running_var)
+
+
 # -- ghost ------------------------------------------------------------------------------------
 
 
@@ -726,6 +742,7 @@ def test_options_can_be_changed_and_are_checked_each_time():
         ({"eps": -1.0}, r"eps must be at least 0, got -1\.0"),
         ({"ghost": 2.5}, "ghost must be an integer of at least 1 or None, got 2.5"),
         ({"min_count": 1}, "min_count must be an integer of at least 2 or None, got 1"),
+        ({"sync": "yes"}, "sync must be True, False or a process group"),
         ({"act": "rleu"}, "unknown act 'rleu'; choose one of"),
         ({"commit": "later"}, "unknown commit 'later'"),
         ({"renorm": True}, r"renorm must be truenorm.Renorm\(...\)"),

@@ -65,6 +65,21 @@ class Ranks:
         return "True" if self.group is None else "<process group>"
 
 
+def ranks_of(sync: Any) -> Ranks | None:
+    """What ``sync`` means: True for all ranks, False or None for none, or a process group.
+
+    Raises:
+        InputError: none of these.
+    """
+    if sync is None or isinstance(sync, bool):
+        return Ranks() if sync else None
+    if not (dist.is_available() and isinstance(sync, dist.ProcessGroup)):
+        raise InputError(
+            f"sync must be True, False or a process group that this rank is in, got {sync!r}."
+        )
+    return Ranks(sync)
+
+
 class _Sum(torch.autograd.Function):
     """all_reduce is its own adjoint, so that gradients of any order are sums again."""
 

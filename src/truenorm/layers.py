@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize
 
 from truenorm import functional
-from truenorm.distributed import Ranks
+from truenorm.distributed import Ranks, ranks_of
 from truenorm.errors import InputError, choose
 from truenorm.functional import ACTIVATIONS, Moments, widest
 
@@ -110,9 +110,7 @@ class Options:
                     f"{name} must be an integer of at least {least} or None, got {value!r}."
                 )
         if not isinstance(self.sync, Ranks):
-            every = self.sync is True
-            ranks = Ranks(None if every else self.sync) if self.sync else None
-            object.__setattr__(self, "sync", ranks)
+            object.__setattr__(self, "sync", ranks_of(self.sync))
         if self.renorm is not None and not isinstance(self.renorm, Renorm):
             raise InputError(f"renorm must be truenorm.Renorm(...) or None, got {self.renorm!r}.")
         if not isinstance(self.frozen, bool):
@@ -455,9 +453,8 @@ class BatchNorm(_BatchNorm):
         mean, var, batches = self._statistics()
         old_mean, old_var = before.chunk(2)
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            # .data: the backward of this batch holds the statistics, but does not look at them.
-            mean.data.copy_(old_mean)
-            var.data.copy_(old_var)
+            _writable(mean).copy_(old_mean)
+            _writable(var).copy_(old_var)
             batches.sub_(1)
             self._tally(torch.tensor(False))
 
@@ -676,8 +673,8 @@ class BatchNorm(_BatchNorm):
                 (new_mean, new_var), rest, self._share_of_few(rest.count)
             )
         moved = finite & seen
-        running_mean.copy_(torch.where(moved, new_mean, mean))
-        running_var.copy_(torch.where(moved, new_var, var))
+        _writable(running_mean).copy_(torch.where(moved, new_mean, mean))
+        _writable(running_var).copy_(torch.where(moved, new_var, var))
         batches.add_(moved.to(torch.int64))
         self._tally(finite)
 
@@ -692,8 +689,8 @@ class BatchNorm(_BatchNorm):
             return
         batches.add_(1)
         momentum = 1 / int(batches) if self.momentum is None else self.momentum
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var, momentum)
+        _writable(running_mean).lerp_(mean, momentum)
+        _writable(running_var).lerp_(var, momentum)
 
     def _finite(self, parts: Moments) -> Tensor:
         """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
@@ -824,6 +821,15 @@ def _readable(x: Tensor, *, any_device: bool = False) -> bool:
     if not (x.is_cpu or (any_device and not x.is_meta)):
         return False
     return not _wrapped(x)
+
+
+def _writable(statistic: Tensor) -> Tensor:
+    """``statistic`` to be written, past autograd's count of versions.
+
+    The backward of a training forward holds the running statistics without looking at them, so
+    writing them between is no error; torch's own kernel does not count its writes either.
+    """
+    return statistic if _compiling() else statistic.data
 
 
 def _move_by_few(
