@@ -1,11 +1,12 @@
 """What the processes of test_distributed run: batch norms whose batch is spread over gloo ranks.
 
-Started as ``ranks.py FOLDER RANK``, once for each rank. Case after case, in worlds of four, three
-and two ranks, it leaves FOLDER/WORLD-RANK.pt: what each case gave on this rank, by its name.
+``ranks.py FOLDER`` starts one process for each rank. Case after case, in worlds of four, three and
+two ranks, each leaves FOLDER/WORLD-RANK.pt: what the cases gave on this rank, by their names.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import traceback
 import warnings
@@ -361,5 +362,15 @@ def main(folder: Path, rank: int) -> None:
         dist.destroy_process_group()
 
 
+def start(folder: Path) -> None:
+    """Start the ranks and wait for them; torch is imported once, by the server that forks them."""
+    server = multiprocessing.get_context("forkserver")
+    processes = [server.Process(target=main, args=(folder, rank)) for rank in range(max(WORLDS))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    start(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ def test_the_examples_of_a_page_run_in_order(page, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
     names = {}
     for block in blocks:
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     printed = capsys.readouterr().out.splitlines()
     told = [line[2:] for line in "\n".join(blocks).splitlines() if line.startswith("# ")]
     assert printed == told

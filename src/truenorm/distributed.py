@@ -73,10 +73,12 @@ def ranks_of(sync: Any) -> Ranks | None:
     """
     if sync is None or isinstance(sync, bool):
         return Ranks() if sync else None
-    if not (dist.is_available() and isinstance(sync, dist.ProcessGroup)):
-        raise InputError(
-            f"sync must be True, False or a process group that this rank is in, got {sync!r}."
-        )
+    known = dist.is_available() and (
+        isinstance(sync, dist.ProcessGroup)
+        or sync is dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives to ranks outside
+    )
+    if not known:
+        raise InputError(f"sync must be True, False or a process group, got {sync!r}.")
     return Ranks(sync)
 
 

@@ -152,9 +152,10 @@ def moments(
 
     count, sums = over_examples(each.count), over_examples(each.mean * each.count)
     if reduce is not None:
-        columns = count.shape[1]
-        both = reduce(torch.cat([count, sums], 1))
-        count, sums = both[:, :columns].detach(), both[:, columns:]
+        # A column for each channel, on every rank: a mask on one may differ between channels.
+        both = reduce(torch.cat([count.expand_as(sums), sums], 1))
+        count, sums = both.chunk(2, 1)
+        count = count.detach()
     safe = count.clamp(min=1)
     mean = sums / safe
     squares = over_examples((each.var + (each.mean - spread(mean)).square()) * each.count)
