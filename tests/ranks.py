@@ -363,9 +363,9 @@ def main(folder: Path, rank: int) -> None:
 
 
 def start(folder: Path) -> None:
-    """Start the ranks and wait for them; torch is imported once, by the server that forks them."""
-    server = multiprocessing.get_context("forkserver")
-    processes = [server.Process(target=main, args=(folder, rank)) for rank in range(max(WORLDS))]
+    """Fork the ranks and wait for them; torch is imported once, before."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=main, args=(folder, rank)) for rank in range(max(WORLDS))]
     for process in processes:
         process.start()
     for process in processes:

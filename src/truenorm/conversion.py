@@ -248,6 +248,8 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
 def _refuse_subclass(layer: nn.Module, known: Iterable[type[nn.Module]]) -> None:
     kind = _kind(layer)
     if kind not in known:
+        if kind.__module__.startswith("torch.nn."):
+            raise _Left("TrueNorm has no other form of it")
         own = ", ".join(sorted(k for k, v in vars(kind).items() if callable(v))) or "its name"
         raise _Left(
             f"{kind.__module__}.{kind.__qualname__} is a class of its own ({own}), which "
