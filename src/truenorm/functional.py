@@ -317,14 +317,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-_ROWS = 2**15  # values a channel and thread: up to there the variance above is within 1 %
+ROWS = 2**15  # values a channel and thread: up to there the variance above is within 1 %
 
 
 def summed_in_rows(x: Tensor) -> bool:
     """Whether torch's CPU kernel adds up too many rows of channels in float32."""
-    if x.numel() <= _ROWS * x.size(1) or not x.is_cpu or x.dtype == torch.float64:
+    if x.numel() <= ROWS * x.size(1) or not x.is_cpu or x.dtype == torch.float64:
         return False
-    if x.numel() <= _ROWS * x.shape[1] * torch.get_num_threads():
+    if x.numel() <= ROWS * x.shape[1] * torch.get_num_threads():
         return False
     if x.ndim == 2:
         return x.is_contiguous()

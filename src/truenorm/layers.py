@@ -27,6 +27,8 @@ _compiling = torch.compiler.is_compiling
 _graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
 _NO_GRAPH_TASK = -1
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# Looked up once: see BatchNorm._at_once.
+_kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
@@ -416,31 +418,31 @@ class BatchNorm(_BatchNorm):
         """
         held: dict[str, Any] = self._buffers
         parameters = self._parameters
+        features = self.num_features
         mean = held["running_mean"]
         if (
-            _compiling()
-            or type(x) is not Tensor
-            or _wrapped(x)
-            or not x.is_cpu
-            or x.dim() not in self._axes
-            or x.size(1) != self.num_features  # x.shape would cost as much as all these lines
-            or x.numel() < 2 * self.num_features
-            or functional.summed_in_rows(x)
-            or "weight" not in parameters
-            or "bias" not in parameters
+            type(x) is not Tensor
             or mean is None
             or mean.dtype is not x.dtype
+            or x.dim() not in self._axes
+            or x.size(1) != features  # x.shape would cost as much as all these lines
+            or not 2 * features <= x.numel()
+            or (x.numel() > functional.ROWS * features and functional.summed_in_rows(x))
+            or not x.is_cpu
             or not self.track_running_stats
             or _graph_task() != _NO_GRAPH_TASK
+            or _wrapped(x)
+            or _compiling()
+            or len(parameters) != 2  # one is parametrized, or a buffer
         ):
             return None
         var, batches = held["running_var"], held["num_batches_tracked"]
-        before = torch.cat((mean, var))
+        before = _cat((mean, var))
         batches.add_(1)
         momentum = 1 / int(batches) if self.momentum is None else self.momentum
         weight, bias = parameters["weight"], parameters["bias"]
-        out = torch.batch_norm(x, weight, bias, mean, var, True, momentum, self.eps, False)
-        if not math.isfinite(torch.dot(var, var).item()):
+        out = _kernel(x, weight, bias, mean, var, True, momentum, self.eps, False)
+        if not _isfinite(var.dot(var).item()):
             self._undo_if_poisoned(before)
         return out
 
