@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from truenorm.norms import LayerNorm as LayerNorm
     from truenorm.norms import RMSNorm as RMSNorm
     from truenorm.norms import weight_standardization as weight_standardization
+    from truenorm.recalibration import Recalibration as Recalibration
+    from truenorm.recalibration import recalibrate as recalibrate
     from truenorm.run import Run as Run
     from truenorm.run import load_model as load_model
     from truenorm.sources import load as load
@@ -74,6 +76,7 @@ _HOMES = {
     "ModelSpec": "models",
     "NormClassifier": "estimator",
     "RMSNorm": "norms",
+    "Recalibration": "recalibration",
     "Renorm": "layers",
     "Run": "run",
     "Scaling": "data",
@@ -89,6 +92,7 @@ _HOMES = {
     "load": "sources",
     "load_model": "run",
     "logits_of": "evaluate",
+    "recalibrate": "recalibration",
     "recipe": "config",
     "rollback": "transaction",
     "score": "evaluate",

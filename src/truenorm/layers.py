@@ -421,7 +421,8 @@ class BatchNorm(_BatchNorm):
         features = self.num_features
         mean = held["running_mean"]
         if (
-            type(x) is not Tensor
+            _compiling()
+            or type(x) is not Tensor
             or mean is None
             or mean.dtype is not x.dtype
             or x.dim() not in self._axes
@@ -432,7 +433,6 @@ class BatchNorm(_BatchNorm):
             or not self.track_running_stats
             or _graph_task() != _NO_GRAPH_TASK
             or _wrapped(x)
-            or _compiling()
             or len(parameters) != 2  # one is parametrized, or a buffer
         ):
             return None
