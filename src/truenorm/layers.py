@@ -374,7 +374,8 @@ class BatchNorm(_BatchNorm):
             InputError: a shape that does not fit, or one value per channel in training and no
                 ``min_count``.
         """
-        if self._plain and self.training and mask is residual is None:
+        own = self.__dict__
+        if own["_plain"] and own["training"] and mask is residual is None:
             out = self._at_once(input)
             if out is not None:
                 return out
@@ -416,9 +417,8 @@ class BatchNorm(_BatchNorm):
         A small layer takes some 60 microseconds with its backward, a call of Python's or torch's
         about one: so torch's kernel moves the running statistics itself, and is undone if need be.
         """
-        held: dict[str, Any] = self._buffers
-        parameters = self._parameters
-        features = self.num_features
+        own = self.__dict__  # past nn.Module's and the class's attributes
+        held, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
         mean = held["running_mean"]
         if (
             _compiling()
@@ -430,7 +430,7 @@ class BatchNorm(_BatchNorm):
             or not 2 * features <= x.numel()
             or (x.numel() > functional.ROWS * features and functional.summed_in_rows(x))
             or not x.is_cpu
-            or not self.track_running_stats
+            or not own["track_running_stats"]
             or _graph_task() != _NO_GRAPH_TASK
             or _wrapped(x)
             or len(parameters) != 2  # one is parametrized, or a buffer
@@ -439,9 +439,11 @@ class BatchNorm(_BatchNorm):
         var, batches = held["running_var"], held["num_batches_tracked"]
         before = _cat((mean, var))
         batches.add_(1)
-        momentum = 1 / int(batches) if self.momentum is None else self.momentum
+        momentum = own["momentum"]
+        if momentum is None:
+            momentum = 1 / int(batches)
         weight, bias = parameters["weight"], parameters["bias"]
-        out = _kernel(x, weight, bias, mean, var, True, momentum, self.eps, False)
+        out: Tensor = _kernel(x, weight, bias, mean, var, True, momentum, own["eps"], False)
         if not _isfinite(var.dot(var).item()):
             self._undo_if_poisoned(before)
         return out
