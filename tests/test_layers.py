@@ -123,7 +123,7 @@ def test_rows_without_positions_are_torchs_too():
 def test_the_general_way_is_torchs_layer_too():
     for axes in (1, 2, 3):
         a, b = twins(axes, 3, dtype=torch.float64)
-        b._at_once = lambda x: None
+        b._direct = False
         b._by_kernel = lambda x, sizes, b=b: b._by_moments(x, None)
         same_training(a, b, normal(5, 3, *(4, 3, 2)[:axes]))
 

@@ -198,3 +198,16 @@ def test_fit_commits_each_of_its_steps(splits):
     tn.fit(again, splits, config)
     for key, value in again.state_dict().items():
         assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+def test_a_compiled_layer_commits_by_step_too():
+    eager, compiled = net(commit="step"), net(commit="step")
+    run = torch.compile(compiled, backend="aot_eager")
+    for model, call in ((eager, eager), (compiled, run)):
+        for part in normal(12, 3).split(4):
+            call(part).sum().backward()
+        tn.commit(model)
+    for one, other in zip(statistics(compiled), statistics(eager), strict=True):
+        assert_close(one, other)
+    assert eager[1].num_batches_tracked == 1

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from truenorm.data import Splits as Splits
     from truenorm.data import dataset as dataset
     from truenorm.data import split as split
+    from truenorm.doctor.diagnosis import Diagnosis as Diagnosis
+    from truenorm.doctor.diagnosis import Finding as Finding
+    from truenorm.doctor.diagnosis import assert_healthy as assert_healthy
+    from truenorm.doctor.diagnosis import examine as examine
+    from truenorm.doctor.ledger import Ledger as Ledger
+    from truenorm.doctor.ledger import watch as watch
     from truenorm.errors import InputError as InputError
     from truenorm.estimator import NormClassifier as NormClassifier
     from truenorm.evaluate import logits_of as logits_of
@@ -62,7 +68,9 @@ _HOMES = {
     "BatchNorm3d": "layers",
     "Conversion": "conversion",
     "Dataset": "data",
+    "Diagnosis": "doctor.diagnosis",
     "EarlyStopping": "train",
+    "Finding": "doctor.diagnosis",
     "GroupNorm": "norms",
     "History": "train",
     "InputError": "errors",
@@ -73,6 +81,7 @@ _HOMES = {
     "LazyBatchNorm1d": "layers",
     "LazyBatchNorm2d": "layers",
     "LazyBatchNorm3d": "layers",
+    "Ledger": "doctor.ledger",
     "ModelSpec": "models",
     "NormClassifier": "estimator",
     "RMSNorm": "norms",
@@ -83,11 +92,13 @@ _HOMES = {
     "Splits": "data",
     "TrainConfig": "config",
     "assert_frozen": "transaction",
+    "assert_healthy": "doctor.diagnosis",
     "attach": "transaction",
     "build": "models",
     "commit": "transaction",
     "convert": "conversion",
     "dataset": "data",
+    "examine": "doctor.diagnosis",
     "fit": "train",
     "load": "sources",
     "load_model": "run",
@@ -97,6 +108,7 @@ _HOMES = {
     "rollback": "transaction",
     "score": "evaluate",
     "split": "data",
+    "watch": "doctor.ledger",
     "weight_standardization": "norms",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

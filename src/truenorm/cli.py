@@ -10,7 +10,7 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -18,7 +18,7 @@ import truenorm
 from truenorm.config import TrainConfig, config_help
 from truenorm.errors import InputError
 
-DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+DONE, FOUND, MENDABLE, INTERRUPTED = 0, 1, 2, 130
 OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
 
 
@@ -154,6 +154,117 @@ def predict(
     predicted = prediction.predict(run, data, target=target)
     console.predictions(predicted, out, as_json=json)
     return DONE
+
+
+@app.command
+def doctor(
+    target: str | None = None,
+    *,
+    data: str | None = None,
+    label: str | None = None,
+    format: Literal["text", "json", "sarif", "html"] = "text",
+    fail_on: Literal["error", "warning", "note"] = "warning",
+    baseline: Path | None = None,
+    fix: Annotated[bool, Parameter(negative="")] = False,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    list: Annotated[bool, Parameter(negative="")] = False,
+    explain: str | None = None,
+    json: Json = False,
+) -> int:
+    """Say what is wrong with a model's normalization. Exit status 0: healthy, 1: findings.
+
+    Parameters
+    ----------
+    target
+        A run folder; package.module:factory, a function that returns a model, or a model and
+        its batches; or a .safetensors or .pt checkpoint, of which the buffers are examined.
+    data
+        A data source as for train; by default the run's own. Without data only structure and
+        buffers are looked at.
+    label
+        The label's column of a .csv or .parquet file.
+    format
+        How to print the diagnosis.
+    fail_on
+        The least severity that makes the exit status 1.
+    baseline
+        An earlier diagnosis as JSON: what it holds already does not fail.
+    fix
+        Apply the remedies that can be applied, and write the mended model to --out.
+    out
+        Where to write: the mended model with --fix, else the diagnosis.
+    list
+        Print all codes and end.
+    explain
+        Print the page of one code and end.
+    """
+    from truenorm.doctor import target as targets
+    from truenorm.report import diagnosis as report
+
+    if list or explain is not None:
+        return report.explained(explain)
+    if target is None:
+        raise InputError("doctor needs a target: a run folder, package.module:factory or a file.")
+    if fix and out is None:
+        raise InputError("--fix needs --out FILE, where the mended model goes.")
+    opened = targets.open_target(target, data, label)
+    seen = targets.known(baseline) if baseline is not None else set()
+    diagnosis = truenorm.examine(opened.model, opened.batches)
+    if fix and out is not None:
+        diagnosis.fix()
+        opened.save(out)
+        diagnosis = truenorm.examine(opened.model, opened.batches)
+    report.deliver(diagnosis, target, "json" if json else format, None if fix else out)
+    return FOUND if diagnosis.worse_than(fail_on, seen) else DONE
+
+
+@app.command
+def recalibrate(
+    target: str,
+    *,
+    data: str | None = None,
+    label: str | None = None,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    one_pass: Annotated[bool, Parameter(negative="")] = False,
+    keep_worse: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Give batch norms the exact running statistics of data, and write the model.
+
+    Exit status 1 and no file if it would be worse on held-out data.
+
+    Parameters
+    ----------
+    target
+        A run folder, or package.module:factory.
+    data
+        A data source as for train; by default the run's own training part.
+    label
+        The label's column of a .csv or .parquet file.
+    out
+        The .safetensors file to write.
+    one_pass
+        One pass over the data: exact for the first layer alone.
+    keep_worse
+        Write the model even if its loss on held-out data is higher.
+    """
+    from truenorm.doctor import target as targets
+    from truenorm.report import diagnosis as report
+
+    opened = targets.open_target(target, data, label)
+    if opened.batches is None:
+        raise InputError("recalibrate needs data; name a source with --data.")
+    result = truenorm.recalibrate(
+        opened.model,
+        opened.batches,
+        held_out=opened.held_out,
+        exact=not one_pass,
+        keep_worse=keep_worse,
+    )
+    if result.kept:
+        opened.save(out)
+    report.recalibrated(result, out, as_json=json)
+    return DONE if result.kept else FOUND
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:

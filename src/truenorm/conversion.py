@@ -314,7 +314,7 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     lost = [f"drops {n}: {_LOST[n]}" for n in options.set() if n in _LOST]
     group = options.sync.group if options.sync else None
     layer.adopt(Options())
-    for name in ("_options", "_plain", "_direct", "_pending", "_told"):
+    for name in ("_options", "_direct", "_least", "_pending", "_told"):
         delattr(layer, name)
     del layer._buffers["_skipped"]
     layer._non_persistent_buffers_set.discard("_skipped")
@@ -359,7 +359,7 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     kept = {"eps", "affine"}
-    ours = {"_options", "_plain", "_direct", "_pending", "_told", "_narrow", "process_group"}
+    ours = {"_options", "_direct", "_least", "_pending", "_told", "_narrow", "process_group"}
     for name in {"num_features", "momentum", "track_running_stats", *ours} - kept:
         layer.__dict__.pop(name, None)
     _become(layer, norms.GroupNorm)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from truenorm import functional
 from truenorm.distributed import Ranks, ranks_of
 from truenorm.errors import InputError, choose
-from truenorm.functional import ACTIVATIONS, Moments, widest
+from truenorm.functional import ACTIVATIONS, Moments, summed_in_rows, widest
 
 Commit = Literal["forward", "step"]
 STATISTICS = ("running_mean", "running_var")
@@ -27,7 +27,7 @@ _compiling = torch.compiler.is_compiling
 _graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
 _NO_GRAPH_TASK = -1
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-# Looked up once: see BatchNorm._at_once.
+# Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
@@ -258,11 +258,11 @@ class BatchNorm(_BatchNorm):
             for name in ("weight", "bias"):
                 self._move_affine(name, frozen=options.frozen)
         self._options = options
-        self._plain = options == Options()
-        # What torch's kernel can do with the running statistics in one go; see _at_once.
-        self._direct = self._plain or not (
-            options.ghost or options.sync or options.renorm or options.commit == "step"
+        # What torch's kernel can do with the running statistics in one go; see forward.
+        self._direct = options.ghost is options.sync is options.renorm is None and not (
+            options.frozen or options.commit == "step"
         )
+        self._least = options.min_count or 2
 
     def _move_affine(self, name: str, *, frozen: bool) -> None:
         held = getattr(self, name)
@@ -374,11 +374,39 @@ class BatchNorm(_BatchNorm):
             InputError: a shape that does not fit, or one value per channel in training and no
                 ``min_count``.
         """
-        own = self.__dict__
-        if own["_plain"] and own["training"] and mask is residual is None:
-            out = self._at_once(input)
-            if out is not None:
-                return out
+        # The commonest case in the fewest calls. A small layer takes some 60 microseconds with its
+        # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
+        # statistics itself, and is undone if need be. All else is in _normalized.
+        own = self.__dict__  # past nn.Module's and the class's attributes
+        if own["_direct"] and own["training"] and mask is residual is None and not _compiling():
+            held, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
+            mean = held["running_mean"]
+            if (
+                type(input) is Tensor
+                and mean is not None
+                and mean.dtype is input.dtype
+                and input.dim() in self._axes
+                and input.size(1) == features  # input.shape costs as much as all these lines
+                and own["_least"] * features <= input.numel()
+                and (input.numel() <= functional.ROWS * features or not summed_in_rows(input))
+                and input.is_cpu
+                and own["track_running_stats"]
+                and len(parameters) == 2  # else one is parametrized
+                and _graph_task() == _NO_GRAPH_TASK
+                and not _wrapped(input)
+            ):
+                var, batches = held["running_var"], held["num_batches_tracked"]
+                before = _cat((mean, var))
+                batches.add_(1)
+                momentum = own["momentum"]
+                if momentum is None:
+                    momentum = 1 / int(batches)
+                weight, bias = parameters["weight"], parameters["bias"]
+                out = _kernel(input, weight, bias, mean, var, True, momentum, own["eps"], False)
+                if not _isfinite(var.dot(var).item()):
+                    self._undo_if_poisoned(before)
+                act = own["_options"].act
+                return out if act is None else ACTIVATIONS[act](out)
         if not isinstance(input, Tensor):
             return _traced(self, input, mask, residual)
         self._check_input_dim(input)
@@ -405,48 +433,7 @@ class BatchNorm(_BatchNorm):
             raise InputError(_one_value(tuple(x.shape)))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
-        if self._direct and self.training:
-            out = self._at_once(x)
-            if out is not None:
-                return out
         return self._by_kernel(x, sizes)
-
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """The commonest case in the fewest calls; None if this is not it.
-
-        A small layer takes some 60 microseconds with its backward, a call of Python's or torch's
-        about one: so torch's kernel moves the running statistics itself, and is undone if need be.
-        """
-        own = self.__dict__  # past nn.Module's and the class's attributes
-        held, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
-        mean = held["running_mean"]
-        if (
-            _compiling()
-            or type(x) is not Tensor
-            or mean is None
-            or mean.dtype is not x.dtype
-            or x.dim() not in self._axes
-            or x.size(1) != features  # x.shape would cost as much as all these lines
-            or not 2 * features <= x.numel()
-            or (x.numel() > functional.ROWS * features and functional.summed_in_rows(x))
-            or not x.is_cpu
-            or not own["track_running_stats"]
-            or _graph_task() != _NO_GRAPH_TASK
-            or _wrapped(x)
-            or len(parameters) != 2  # one is parametrized, or a buffer
-        ):
-            return None
-        var, batches = held["running_var"], held["num_batches_tracked"]
-        before = _cat((mean, var))
-        batches.add_(1)
-        momentum = own["momentum"]
-        if momentum is None:
-            momentum = 1 / int(batches)
-        weight, bias = parameters["weight"], parameters["bias"]
-        out: Tensor = _kernel(x, weight, bias, mean, var, True, momentum, own["eps"], False)
-        if not _isfinite(var.dot(var).item()):
-            self._undo_if_poisoned(before)
-        return out
 
     def _undo_if_poisoned(self, before: Tensor) -> None:
         """Restore the statistics if the last batch made one of them infinite or NaN.
@@ -595,10 +582,12 @@ class BatchNorm(_BatchNorm):
     def _observe(self, batch: Moments, out: Tensor) -> None:
         if self._options.commit == "forward":
             self._write(batch)
+        elif _compiling():
+            # Not as a decorator, which would import the compiler into every process.
+            torch.compiler.disable(self._remember)(batch, out)  # type: ignore[no-untyped-call]
         else:
             self._remember(batch, out)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _remember(self, batch: Moments, out: Tensor) -> None:
         forward = _Forward(Moments(*(widest(part.detach()) for part in batch)))
         self._pending.append(forward)

@@ -1,0 +1,276 @@
+"""A model examined: what was found, what passed, and what could not be looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from truenorm.calling import Arguments, Loss
+from truenorm.doctor.checks import Check, Found, NotApplicable, Severity
+from truenorm.doctor.facts import Facts, as_it_was, evaluate, gather, observe
+from truenorm.doctor.register import CHECKS
+from truenorm.errors import InputError, choose
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one layer, with its proof and its remedy.
+
+    Attributes:
+        code: stable name of the fault; ``truenorm doctor --explain CODE`` tells of it.
+        title: the fault in a few words.
+        severity: "error" (results are wrong), "warning" (they probably are) or "note".
+        layer: dotted name as in ``named_modules()``, or None for the whole model.
+        evidence: numbers by what they are of.
+        cause: what brought it about here.
+        advice: the remedy.
+        fix: applies the remedy to the model in place, or None.
+    """
+
+    code: str
+    title: str
+    severity: Severity
+    layer: str | None
+    evidence: dict[str, Any]
+    cause: str
+    advice: str
+    fix: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A check that could not be made, and why."""
+
+    code: str
+    title: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What an examination found.
+
+    Attributes:
+        findings: worst first, then in the order of codes and layers.
+        passed: codes of the checks that found nothing.
+        skipped: checks that could not be made, with the reason.
+        layers: number of normalization layers looked at.
+    """
+
+    findings: tuple[Finding, ...]
+    passed: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    layers: int
+
+    @property
+    def healthy(self) -> bool:
+        """No error and no warning; notes may stand."""
+        return all(finding.severity == "note" for finding in self.findings)
+
+    def of(self, code: str) -> tuple[Finding, ...]:
+        """The findings of one code."""
+        return tuple(finding for finding in self.findings if finding.code == code)
+
+    def worse_than(
+        self, least: Severity, known: Iterable[tuple[str, str | None]] = ()
+    ) -> tuple[Finding, ...]:
+        """Findings at least as severe as ``least``, without those (code, layer) in ``known``."""
+        choose("severity", least, SEVERITIES)
+        limit, seen = SEVERITIES.index(least), set(known)
+        return tuple(
+            f
+            for f in self.findings
+            if SEVERITIES.index(f.severity) <= limit and (f.code, f.layer) not in seen
+        )
+
+    def fix(self) -> tuple[Finding, ...]:
+        """Apply every remedy there is, errors first; return the findings that had one."""
+        mended = tuple(finding for finding in self.findings if finding.fix is not None)
+        for finding in mended:
+            assert finding.fix is not None
+            finding.fix()
+        return mended
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite become text."""
+        return {
+            "healthy": self.healthy,
+            "layers": self.layers,
+            "findings": [
+                {
+                    "code": f.code,
+                    "title": f.title,
+                    "severity": f.severity,
+                    "layer": f.layer,
+                    "cause": f.cause,
+                    "evidence": {k: _plain(v) for k, v in f.evidence.items()},
+                    "advice": f.advice,
+                    "fixable": f.fix is not None,
+                }
+                for f in self.findings
+            ],
+            "passed": list(self.passed),
+            "skipped": [{"code": s.code, "title": s.title, "why": s.why} for s in self.skipped],
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{f.severity} {f.code} {f.layer or '(model)'}: {f.title}. {f.cause}. {f.advice}"
+            for f in self.findings
+        ]
+        told = "healthy" if self.healthy else "not healthy"
+        head = (
+            f"{told}: {len(self.findings)} findings, {len(self.passed)} checks passed, "
+            f"{len(self.skipped)} skipped, {self.layers} normalization layers"
+        )
+        return "\n".join([head, *lines])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+
+
+def examine(
+    model: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
+    device: torch.device | str | None = None,
+    arguments: Arguments | None = None,
+) -> Diagnosis:
+    """Look for every known fault of ``model``'s normalization; leave it exactly as it was.
+
+    Args:
+        model: any module. Every bit of its parameters, buffers, modes, hooks, gradients and of the
+            random number generators is what it was afterwards, also when this fails.
+        data: batches as it is trained on: tensors, tuples (inputs and target) or dicts. Without
+            them only structure, buffers and parameter groups are looked at.
+        optimizer: for its parameter groups.
+        loss: of the output and the target; by default what :mod:`truenorm.calling` finds.
+        device: where batches go; by default where the model is.
+        arguments: makes the model's arguments of a batch.
+
+    Raises:
+        InputError: data without a batch, or a batch the model cannot be called on.
+    """
+    with as_it_was(model):
+        facts = gather(
+            model, data, optimizer=optimizer, loss=loss, device=device, arguments=arguments
+        )
+        modes = {m: m.training for m in model.modules()}
+        if data is not None:
+            observe(facts)
+        results = [_made(check, facts, modes) for check in CHECKS]
+    return _diagnosis(results, len(facts.norms))
+
+
+def examined(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    judged: dict[str, Callable[[Facts], Iterator[Found]]],
+) -> Diagnosis:
+    """Examine without data, with checks of ``judged`` in the place of those of the same code."""
+    with as_it_was(model):
+        facts = gather(model, None, optimizer=optimizer, loss=None, device=None, arguments=None)
+        modes = {m: m.training for m in model.modules()}
+        results = []
+        for check in CHECKS:
+            seen: _Result = _made(check, facts, modes)
+            look = judged.get(check.code)
+            if look is not None:
+                watched = _made(replace(check, look=look, needs="model"), facts, modes)
+                known = {found.layer for found in watched[1]}
+                both = [*watched[1], *(found for found in seen[1] if found.layer not in known)]
+                seen = check, both, watched[2] if not both else None
+            results.append(seen)
+    return _diagnosis(results, len(facts.norms))
+
+
+_Result = tuple[Check, list[Found], str | None]
+
+
+def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
+    """One check's findings, or why it was not made; checks see the modes that were given."""
+    missing = {
+        "data": None if facts.batches else "needs data",
+        "optimizer": None if facts.optimizer is not None else "needs the optimizer",
+        "ledger": "needs truenorm.watch around training",
+    }.get(check.needs)
+    if missing:
+        return check, [], missing
+    for module, mode in modes.items():
+        module.training = mode
+    if check.evaluates:
+        evaluate(facts.model)
+    try:
+        return check, list(check.look(facts)), None
+    except NotApplicable as why:
+        return check, [], str(why)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _diagnosis(results: list[_Result], layers: int) -> Diagnosis:
+    findings = [
+        Finding(
+            check.code, check.title, found.severity, found.layer, found.evidence, found.cause,
+            check.advice, found.fix,
+        )
+        for check, founds, _ in results
+        for found in founds
+    ]  # fmt: skip
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))  # stable: codes stay in order
+    return Diagnosis(
+        tuple(findings),
+        tuple(check.code for check, founds, why in results if not founds and why is None),
+        tuple(Skipped(c.code, c.title, why) for c, _, why in results if why is not None),
+        layers,
+    )
+
+
+def assert_healthy(
+    model: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    fail_on: Severity = "warning",
+    ignore: Iterable[str] = (),
+    **given: Any,
+) -> Diagnosis:
+    """Examine, and raise AssertionError if anything as bad as ``fail_on`` is found.
+
+    Args:
+        model: as for :func:`examine`.
+        data: as for :func:`examine`.
+        fail_on: "error", "warning" or "note".
+        ignore: codes that may stand.
+        given: further arguments of :func:`examine`.
+
+    Raises:
+        AssertionError: with the findings.
+    """
+    diagnosis = examine(model, data, **given)
+    known = {check.code for check in CHECKS}
+    ignored = set(ignore)
+    if not ignored <= known:
+        raise InputError(f"unknown codes in ignore: {', '.join(sorted(ignored - known))}.")
+    bad = [f for f in diagnosis.worse_than(fail_on) if f.code not in ignored]
+    if bad:
+        lines = [f"  {f.severity} {f.code} {f.layer or '(model)'}: {f.cause}" for f in bad]
+        raise AssertionError("the model's normalization is not healthy:\n" + "\n".join(lines))
+    return diagnosis

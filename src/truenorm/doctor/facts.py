@@ -1,0 +1,318 @@
+"""What the checks look at: each normalization as it stands, and as it works on data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from truenorm import calling
+from truenorm.errors import InputError
+from truenorm.flow import Flow, flow_of
+from truenorm.functional import Moments, moments, pool, unbiased, valid, wide
+from truenorm.layers import BatchNorm
+from truenorm.norms import NORMS
+
+MOST_BATCHES = 32  # enough for every threshold here; a loader of any length may be given
+
+
+@dataclass
+class Seen:
+    """One call of a norm on one batch: its input, as evaluation gives it.
+
+    Attributes:
+        batch: number of the batch.
+        call: number of the call in its forward.
+        shape: of the input.
+        moments: of the input, (1, C), over batch and positions.
+        between: variance between the examples' means, (C,); what i.i.d. batches of N examples
+            would differ by is this over N.
+    """
+
+    batch: int
+    call: int
+    shape: tuple[int, ...]
+    moments: Moments
+    between: Tensor
+
+
+@dataclass
+class NormFacts:
+    """One normalization layer: the module as it stands, and what it was seen to get."""
+
+    name: str
+    module: nn.Module
+    seen: list[Seen] = field(default_factory=list)
+
+    @property
+    def eps(self) -> float:
+        """What it adds to the variance."""
+        return float(self.module.eps)  # type: ignore[arg-type]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it normalizes over the batch."""
+        return isinstance(self.module, _BatchNorm)
+
+    @property
+    def tracked(self) -> tuple[Tensor, Tensor, int] | None:
+        """Running mean and variance and the number of batches, if it has them."""
+        mean, var = (getattr(self.module, n, None) for n in ("running_mean", "running_var"))
+        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+            return None
+        batches = getattr(self.module, "num_batches_tracked", None)
+        return mean, var, -1 if batches is None else int(batches)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether its statistics are those that its constructor left."""
+        if self.tracked is None:
+            return False
+        mean, var, batches = self.tracked
+        return batches <= 0 and not mean.any() and bool((var == 1).all())
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is frozen by TrueNorm's option, and so cannot move."""
+        return isinstance(self.module, BatchNorm) and self.module.options.frozen
+
+    @property
+    def learned(self) -> tuple[Tensor | None, Tensor | None]:
+        """Its weight and bias, where it has them."""
+        pair = (getattr(self.module, n, None) for n in ("weight", "bias"))
+        weight, bias = (t if isinstance(t, Tensor) else None for t in pair)
+        return weight, bias
+
+    def pooled(self) -> Moments | None:
+        """The moments of all that it was seen to get."""
+        if not self.seen:
+            return None
+        rows = [s.moments for s in self.seen]
+        return pool(
+            Moments(
+                torch.cat([m.mean for m in rows]),
+                torch.cat([m.var for m in rows]),
+                torch.cat([m.count for m in rows]),
+            )
+        )
+
+
+@dataclass
+class Outcome:
+    """Loss (a mean over examples) and accuracy of one evaluation, where they can be had."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    right: float = 0.0
+    judged: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over examples."""
+        if not self.losses:
+            return None
+        total = sum(self.weights)
+        return sum(n * x for n, x in zip(self.weights, self.losses, strict=True)) / total
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of examples classified right."""
+        return self.right / self.judged if self.judged else None
+
+
+@dataclass
+class Facts:
+    """All that a diagnosis is made from.
+
+    Attributes:
+        model: as given.
+        norms: every normalization layer, by dotted name.
+        optimizer: as given.
+        batches: the batches of data that were looked at, at most :data:`MOST_BATCHES`.
+        call: how to call the model on one.
+        loss: as given.
+        arguments: as given.
+        flow: the operations of one forward, if there are data.
+    """
+
+    model: nn.Module
+    norms: dict[str, NormFacts]
+    optimizer: torch.optim.Optimizer | None = None
+    batches: list[Any] = field(default_factory=list)
+    call: calling.Call | None = None
+    loss: calling.Loss | None = None
+    arguments: calling.Arguments | None = None
+    flow: Flow | None = None
+
+    @property
+    def batch_norms(self) -> list[NormFacts]:
+        """Those that normalize over the batch."""
+        return [norm for norm in self.norms.values() if norm.is_batch]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the model looks as its constructor left it: all statistics, gammas and betas."""
+        tracking = [norm for norm in self.batch_norms if norm.tracked is not None]
+        return bool(tracking) and all(n.untouched and _initial(n) for n in tracking)
+
+    def outcome(self) -> Outcome:
+        """Evaluate the batches as the model stands, in its present modes."""
+        result = Outcome()
+        assert self.call is not None
+        for batch in self.batches:
+            with torch.no_grad():
+                out, target = self.call(batch)
+            loss = calling.loss_of(out, target, self.loss)
+            accuracy = calling.accuracy_of(out, target)
+            number = calling.examples_of(batch)
+            if loss is not None:
+                result.losses.append(loss)
+                result.weights.append(number)
+            if accuracy is not None:
+                result.right += accuracy * number
+                result.judged += number
+        return result
+
+
+def _initial(norm: NormFacts) -> bool:
+    weight, bias = norm.learned
+    constant = weight is None or not bool((weight.detach() * (weight.detach() - 1)).any())
+    return constant and (bias is None or not bias.detach().any())
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give everything back after the body, also if it fails: buffers, modes and random numbers.
+
+    Parameters and gradients are not written by forwards; they are compared and given back, too.
+    """
+    held = [
+        (module, store, name, tensor, None if tensor is None else tensor.detach().clone())
+        for module in model.modules()
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    ours = [(m, list(m._pending), m._told) for m in model.modules() if isinstance(m, BatchNorm)]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what loaders use
+    try:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for module, mode in modes:
+            module.training = mode
+        for _, store, name, tensor, bits in held:
+            if store.get(name) is not tensor:
+                store[name] = tensor  # type: ignore[assignment]
+            if tensor is not None and bits is not None and not _same_bits(tensor, bits):
+                tensor.data.copy_(bits)
+        for layer, pending, told in ours:
+            layer._pending, layer._told = pending, told
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or nn.parameter.is_lazy(a):
+        return True
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def gather(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    loss: calling.Loss | None,
+    device: torch.device | str | None,
+    arguments: calling.Arguments | None,
+) -> Facts:
+    """Collect the facts; the caller restores the model (see :func:`as_it_was`).
+
+    Raises:
+        InputError: the model has no normalization, or data have no batch.
+    """
+    norms = {n: NormFacts(n, m) for n, m in model.named_modules() if isinstance(m, NORMS)}
+    facts = Facts(model, norms, optimizer)
+    if data is None:
+        return facts
+    for batch in data:
+        facts.batches.append(batch)
+        if len(facts.batches) == MOST_BATCHES:
+            break
+    if not facts.batches:
+        raise InputError("data has no batch; give an iterable of at least one.")
+    facts.call = calling.Call(model, device=device, arguments=arguments)
+    facts.loss, facts.arguments = loss, arguments
+    return facts
+
+
+def evaluate(model: nn.Module) -> None:
+    """Eval mode, module by module: a model's own ``eval()`` may do more than that."""
+    for module in model.modules():
+        module.training = False
+
+
+def observe(facts: Facts) -> None:
+    """Let the batches pass in evaluation: fills ``flow`` and what each norm was seen to get."""
+    model, call = facts.model, facts.call
+    assert call is not None
+    evaluate(model)
+    first = facts.batches[0]
+    facts.flow = flow_of(model, lambda: call(first)[0])
+    place = {"batch": 0}
+    calls: dict[str, int] = {}
+    handles = []
+    for norm in facts.norms.values():
+
+        def look(_: nn.Module, args: Any, kwargs: Any, norm: NormFacts = norm) -> None:
+            given = list(calling.tensors_in((args, kwargs)))
+            if given and given[0].is_floating_point() and given[0].ndim >= 2 and given[0].numel():
+                number = calls.get(norm.name, 0)
+                calls[norm.name] = number + 1
+                mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
+                norm.seen.append(_seen(given[0], mask, place["batch"], number))
+
+        handles.append(norm.module.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            for place["batch"], batch in enumerate(facts.batches):
+                calls.clear()
+                call(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _seen(x: Tensor, mask: Any, batch: int, call: int) -> Seen:
+    x = wide(x.detach())
+    where = valid(mask, x) if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+    if where is not None:
+        x = torch.where(where, x, 0)
+    means = x.flatten(2).mean(2) if x.ndim > 2 else x
+    between = means.double().var(0) if len(means) > 1 else torch.zeros(x.shape[1])
+    return Seen(batch, call, tuple(x.shape), moments(x, where), between.double().cpu())
+
+
+def values_per_channel(shape: tuple[int, ...]) -> int:
+    """Values that batch norm pools for a channel of an input of ``shape``."""
+    return shape[0] * math.prod(shape[2:])
+
+
+def exact_statistics(norm: NormFacts) -> tuple[Tensor, Tensor] | None:
+    """Mean and unbiased variance of what the norm was seen to get."""
+    pooled = norm.pooled()
+    if pooled is None or float(pooled.count.min()) < 2:
+        return None
+    return pooled.mean[0], unbiased(pooled.var, pooled.count)[0]

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import patients
+import truenorm as tn
+from patients import HEALTHY, PATIENTS, batches, trained
+from truenorm.doctor.register import CHECKS
+
+EVERY = [(code, i) for code, made in PATIENTS.items() for i in range(len(made))]
+
+
+@pytest.mark.parametrize(("code", "which"), EVERY)
+def test_a_planted_fault_is_found(code, which):
+    patient = PATIENTS[code][which](code)
+    diagnosis = tn.examine(patient.model, patient.data, **patient.given)
+    found = diagnosis.of(code)
+    assert found, f"{patient.name}: {diagnosis}"
+    names = {name for name, _ in patient.model.named_modules()}
+    for finding in found:
+        assert finding.layer is None or finding.layer in names
+        assert finding.cause
+        assert finding.advice
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_model_is_called_healthy(name):
+    model, data = HEALTHY[name]()
+    diagnosis = tn.examine(model, data)
+    assert diagnosis.healthy, str(diagnosis)
+
+
+def test_every_code_is_looked_for_passed_found_or_skipped_with_a_reason():
+    diagnosis = tn.examine(trained("resnet"), batches("resnet"))
+    told = [*diagnosis.passed, *(s.code for s in diagnosis.skipped)]
+    told += sorted({f.code for f in diagnosis.findings})
+    assert sorted(told) == [check.code for check in CHECKS]
+    assert all(s.why for s in diagnosis.skipped)
+
+
+def everything(model):
+    """All that examine must give back."""
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [m.training for m in model.modules()],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
+    )
+
+
+def assert_unchanged(before, after):
+    for key, value in before[0].items():
+        assert torch.equal(value, after[0][key]), key
+    assert before[1] == after[1]
+    for (a, g), (b, h) in zip(before[2], after[2], strict=True):
+        assert a == b
+        assert g is h is None or torch.equal(g, h)
+    assert before[3] == after[3]
+    assert torch.equal(before[4], after[4])
+    assert before[5:] == after[5:]
+
+
+@pytest.mark.parametrize("kind", patients.KINDS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_examination_leaves_no_trace_also_when_it_fails(kind, fails):
+    model = trained(kind).train()
+    norm = patients.norms(model)[0]
+    norm.running_mean.add_(5)
+    norm.eval()
+    data = batches(kind)
+    nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    if fails:
+        data[3] = (torch.zeros(2, 1), data[3][1])
+    before = everything(model)
+    if fails:
+        with pytest.raises(RuntimeError):
+            tn.examine(model, data)
+    else:
+        assert tn.examine(model, data).findings
+    assert_unchanged(before, everything(model))
+
+
+@pytest.mark.parametrize("kind", patients.KINDS)
+def test_the_gap_is_laid_to_the_layer_that_carries_it(kind):
+    for which in (0, -1):
+        model = trained(kind)
+        names = [n for n, m in model.named_modules() if m in patients.norms(model)]
+        patients.norms(model)[which].running_var.div_(80)
+        (finding,) = tn.examine(model, batches(kind)).of("TN103")
+        assert finding.layer == names[which]
+        assert 50 < finding.evidence["exact over running variance"] < 120
+        finding.fix()
+        assert not tn.examine(model, batches(kind)).of("TN103")
+
+
+@pytest.mark.parametrize("code", ["TN103", "TN104", "TN201", "TN202"])
+def test_a_fix_mends_what_it_is_for(code):
+    patient = PATIENTS[code][0](code)
+    diagnosis = tn.examine(patient.model, patient.data)
+    assert {f.code for f in diagnosis.fix()} >= {code}
+    assert not tn.examine(patient.model, patient.data).of(code)
+
+
+@pytest.mark.parametrize("code", ["TN101", "TN102", "TN103", "TN106", "TN202", "TN305"])
+def test_renaming_wrapping_and_dtype_change_no_verdict(code):
+    def codes(model, data):
+        found = tn.examine(model, data).findings
+        return sorted({(f.code, f.severity) for f in found if f.code != "TN501"})
+
+    patient = PATIENTS[code][1](code)
+    data = patient.data or batches(patient.name)
+    expected = codes(patient.model, data)
+    assert code in {c for c, _ in expected}
+    renamed = nn.ModuleDict({"zz": copy.deepcopy(patient.model)})
+    renamed.training = patient.model.training
+    renamed.forward = renamed["zz"].forward
+    assert codes(renamed, data) == expected
+    double = copy.deepcopy(patient.model).double()
+    assert codes(double, [(x.double(), y) for x, y in data]) == expected
+    tn.convert(patient.model, to="truenorm")
+    assert codes(patient.model, data) == expected
+
+
+def test_a_diagnosis_reads_as_text_and_as_json():
+    model = trained("mlp")
+    patients.norms(model)[0].running_var[0] = float("nan")
+    diagnosis = tn.examine(model)
+    assert "error TN102 1: Statistics that are not finite" in str(diagnosis)
+    read = json.loads(diagnosis.to_json())
+    assert read["healthy"] is False
+    assert read["findings"][0]["code"] == "TN102"
+    assert read["findings"][0]["evidence"] == {"not finite in running_var": 1}
+
+
+def test_assert_healthy_names_what_is_wrong():
+    model = trained("mlp")
+    tn.assert_healthy(model, batches("mlp"))
+    patients.norms(model)[0].running_var[0] = float("nan")
+    with pytest.raises(AssertionError, match="error TN102 1"):
+        tn.assert_healthy(model)
+    tn.assert_healthy(model, ignore=["TN102"])
+    with pytest.raises(tn.InputError, match="unknown codes in ignore: TN999"):
+        tn.assert_healthy(model, ignore=["TN999"])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda x, y: x,
+        lambda x, y: (x, y),
+        lambda x, y: [x, y],
+        lambda x, y: {"input": x, "labels": y},
+    ],
+)
+def test_batches_may_be_tensors_tuples_lists_or_dicts(batch):
+    data = [batch(x, y) for x, y in batches("mlp")]
+    assert tn.examine(trained("mlp"), data).healthy
+
+
+def test_data_without_a_batch_are_refused():
+    with pytest.raises(tn.InputError, match="data has no batch"):
+        tn.examine(trained("mlp"), [])
+
+
+def test_the_fixture_examines_a_model(assert_healthy):
+    assert assert_healthy(trained("mlp"), batches("mlp")).healthy
+    model = trained("mlp")
+    patients.norms(model)[0].running_mean[0] = float("inf")
+    with pytest.raises(AssertionError, match="TN102"):
+        assert_healthy(model)
