@@ -656,6 +656,22 @@ def test_torch_func_sees_the_gradients():
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"act": "relu", "min_count": 2}], ids=str)
+def test_an_ensemble_under_vmap_trains_its_statistics(options):
+    members = [nn.Sequential(nn.Linear(4, 3), tn.BatchNorm1d(3, **options)) for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = normal(6, 4).float()
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(members[0], (parameters, buffers), (x,))
+
+    out = torch.func.vmap(run)(parameters, buffers)
+    for i, member in enumerate(members):
+        assert_close(out[i], member(x))
+        assert_close(buffers["1.running_var"][i], member[1].running_var)
+        assert buffers["1.num_batches_tracked"][i] == 1
+
+
 def test_symbolic_tracing_makes_one_module_call_of_it():
     net = nn.Sequential(nn.Linear(3, 3), tn.BatchNorm1d(3), nn.ReLU())
     traced = torch.fx.symbolic_trace(net)

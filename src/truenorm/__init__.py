@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from truenorm.config import TrainConfig as TrainConfig
     from truenorm.config import recipe as recipe
     from truenorm.conversion import Conversion as Conversion
+    from truenorm.conversion import assert_frozen as assert_frozen
     from truenorm.conversion import convert as convert
     from truenorm.data import Dataset as Dataset
     from truenorm.data import Scaling as Scaling
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from truenorm.train import EarlyStopping as EarlyStopping
     from truenorm.train import History as History
     from truenorm.train import fit as fit
-    from truenorm.transaction import assert_frozen as assert_frozen
     from truenorm.transaction import attach as attach
     from truenorm.transaction import commit as commit
     from truenorm.transaction import rollback as rollback
@@ -91,7 +91,7 @@ _HOMES = {
     "Scaling": "data",
     "Splits": "data",
     "TrainConfig": "config",
-    "assert_frozen": "transaction",
+    "assert_frozen": "conversion",
     "assert_healthy": "doctor.diagnosis",
     "attach": "transaction",
     "build": "models",

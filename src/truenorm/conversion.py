@@ -473,3 +473,35 @@ def _calls(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[nn.M
         for module, mode in modes.items():
             module.training = mode
     return calls
+
+
+# -- what freezing is for -----------------------------------------------------------------------
+
+
+def assert_frozen(model: nn.Module) -> None:
+    """Raise AssertionError unless every batch norm of ``model`` is frozen for good.
+
+    Frozen for good: neither ``train()`` nor ``requires_grad_`` nor an optimizer can change its
+    statistics or its affine map, as with ``truenorm.BatchNorm2d(frozen=True)``.
+
+    Raises:
+        AssertionError: names every layer that could move, and why; or there is no batch norm.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if not found:
+        raise AssertionError("the model has no batch norm that could be frozen.")
+    moving = [f"  {name or '(model)'}: {_why_moving(m)}" for name, m in found.items()]
+    moving = [line for line in moving if not line.endswith(": ")]
+    if moving:
+        raise AssertionError(
+            "batch norms that are not frozen (truenorm.convert(model, to='frozen') does it):\n"
+            + "\n".join(moving)
+        )
+
+
+def _why_moving(layer: nn.Module) -> str:
+    if isinstance(layer, BatchNorm):
+        return "" if layer.frozen else "frozen=False"
+    moves = "train mode moves its statistics" if layer.training else "train() would thaw it"
+    learns = any(p.requires_grad for p in layer.parameters(recurse=False))
+    return f"{type(layer).__name__}: {moves}" + (", weight and bias learn" if learns else "")

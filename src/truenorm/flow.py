@@ -67,19 +67,7 @@ class Flow:
 
         The node at which it fails is given, too, and is the last of its branch.
         """
-        yield from self._walk(node, through, lambda n: n.inputs)
-
-    def downstream(self, node: int, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """Nodes after ``node``; otherwise as :meth:`upstream`."""
-        yield from self._walk(node, through, lambda n: tuple(n.outputs))
-
-    def _walk(
-        self,
-        start: int,
-        through: Callable[[Node], bool],
-        following: Callable[[Node], tuple[int, ...]],
-    ) -> Iterator[Node]:
-        seen, waiting = {start}, list(following(self.nodes[start]))
+        seen, waiting = {node}, list(self.nodes[node].inputs)
         while waiting:
             number = waiting.pop(0)
             if number in seen:
@@ -87,7 +75,7 @@ class Flow:
             seen.add(number)
             yield self.nodes[number]
             if through(self.nodes[number]):
-                waiting += following(self.nodes[number])
+                waiting += self.nodes[number].inputs
 
 
 class _Recorder(TorchFunctionMode):

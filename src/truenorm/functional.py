@@ -193,11 +193,6 @@ def unbiased(var: Tensor, count: Tensor) -> Tensor:
     return var * (count / (count - 1).clamp(min=1))
 
 
-def track(old: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
-    """Move ``old`` toward ``new``: (1 - momentum) * old + momentum * new."""
-    return old * (1 - momentum) + new * momentum
-
-
 def group_weights(count: Tensor, momentum: Tensor | float, *, in_turn: bool) -> Tensor:
     """How much of each group enters the running average, (G, C); a column sums to ``momentum``.
 

@@ -165,6 +165,8 @@ class BatchNorm(_BatchNorm):
     - so does an empty batch;
     - large means cost no precision, in any memory layout.
 
+    Inside transforms of torch.func it is torch's layer without these differences.
+
     Args:
         num_features: C.
         eps: added to the variance.
@@ -433,7 +435,20 @@ class BatchNorm(_BatchNorm):
             raise InputError(_one_value(tuple(x.shape)))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
+        if self._direct and self._tracks() and not _compiling() and _wrapped(x):
+            return self._in_transform(x)
         return self._by_kernel(x, sizes)
+
+    def _in_transform(self, x: Tensor) -> Tensor:
+        """Inside a transform of torch.func, such as an ensemble under vmap: as torch's layer.
+
+        No value can be looked at there, so a batch that is not finite is written, too.
+        """
+        mean, var, batches = self._statistics()
+        batches.add_(1)
+        momentum = 1 / float(batches) if self.momentum is None else self.momentum
+        affine = self._affine_in(mean.dtype)
+        return torch.batch_norm(x, *affine, mean, var, True, momentum, self.eps, x.is_cuda)
 
     def _undo_if_poisoned(self, before: Tensor) -> None:
         """Restore the statistics if the last batch made one of them infinite or NaN.

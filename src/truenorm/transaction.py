@@ -97,34 +97,3 @@ def commit(model: nn.Module) -> None:
 def rollback(model: nn.Module) -> int:
     """Drop what is pending in every batch norm of ``model``; return how many forwards that was."""
     return sum(layer.rollback() for layer in transactional(model))
-
-
-def assert_frozen(model: nn.Module) -> None:
-    """Raise AssertionError unless every batch norm of ``model`` is frozen for good.
-
-    Frozen for good: neither ``train()`` nor ``requires_grad_`` nor an optimizer can change its
-    statistics or its affine map, as with ``truenorm.BatchNorm2d(frozen=True)``.
-
-    Raises:
-        AssertionError: names every layer that could move, and why; or there is no batch norm.
-    """
-    norms = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    }
-    if not norms:
-        raise AssertionError("the model has no batch norm that could be frozen.")
-    moving = [f"  {name or '(model)'}: {_why_moving(m)}" for name, m in norms.items()]
-    moving = [line for line in moving if not line.endswith(": ")]
-    if moving:
-        raise AssertionError(
-            "batch norms that are not frozen (truenorm.convert(model, to='frozen') does it):\n"
-            + "\n".join(moving)
-        )
-
-
-def _why_moving(layer: nn.Module) -> str:
-    if isinstance(layer, BatchNorm):
-        return "" if layer.frozen else "frozen=False"
-    moves = "train mode moves its statistics" if layer.training else "train() would thaw it"
-    learns = any(p.requires_grad for p in layer.parameters(recurse=False))
-    return f"{type(layer).__name__}: {moves}" + (", weight and bias learn" if learns else "")

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from truenorm import calling
 from truenorm.errors import InputError
 from truenorm.flow import Flow, flow_of
-from truenorm.functional import Moments, moments, pool, unbiased, valid, wide
+from truenorm.functional import Moments, moments, valid, wide
 from truenorm.layers import BatchNorm
 from truenorm.norms import NORMS
 
@@ -90,19 +90,6 @@ class NormFacts:
         pair = (getattr(self.module, n, None) for n in ("weight", "bias"))
         weight, bias = (t if isinstance(t, Tensor) else None for t in pair)
         return weight, bias
-
-    def pooled(self) -> Moments | None:
-        """The moments of all that it was seen to get."""
-        if not self.seen:
-            return None
-        rows = [s.moments for s in self.seen]
-        return pool(
-            Moments(
-                torch.cat([m.mean for m in rows]),
-                torch.cat([m.var for m in rows]),
-                torch.cat([m.count for m in rows]),
-            )
-        )
 
 
 @dataclass
@@ -308,11 +295,3 @@ def _seen(x: Tensor, mask: Any, batch: int, call: int) -> Seen:
 def values_per_channel(shape: tuple[int, ...]) -> int:
     """Values that batch norm pools for a channel of an input of ``shape``."""
     return shape[0] * math.prod(shape[2:])
-
-
-def exact_statistics(norm: NormFacts) -> tuple[Tensor, Tensor] | None:
-    """Mean and unbiased variance of what the norm was seen to get."""
-    pooled = norm.pooled()
-    if pooled is None or float(pooled.count.min()) < 2:
-        return None
-    return pooled.mean[0], unbiased(pooled.var, pooled.count)[0]
