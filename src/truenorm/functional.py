@@ -317,7 +317,7 @@ ROWS = 2**15  # values a channel and thread: up to there the variance above is w
 
 def summed_in_rows(x: Tensor) -> bool:
     """Whether torch's CPU kernel adds up too many rows of channels in float32."""
-    if x.numel() <= ROWS * x.size(1) or not x.is_cpu or x.dtype == torch.float64:
+    if x.numel() <= ROWS * x.size(1) or not x.is_cpu or x.dtype != torch.float32:
         return False
     if x.numel() <= ROWS * x.shape[1] * torch.get_num_threads():
         return False

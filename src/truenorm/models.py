@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.errors import InputError, choose
-from truenorm.layers import BatchNorm1d, BatchNorm2d
 from truenorm.norms import InstanceNorm1d, InstanceNorm2d, RMSNorm, groups_of
 
 ModelName = Literal["mlp", "convnet", "resnet", "transformer"]
@@ -106,7 +105,8 @@ def norm_of(kind: NormName, channels: int, axes: int) -> nn.Module:
     as group norm with one group does.
     """
     if kind == "batch":
-        return (BatchNorm1d, BatchNorm1d, BatchNorm2d)[axes](channels)
+        # torch's own: fit() refuses what is not finite by itself, and ours cost a small step 2 %.
+        return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[axes](channels)
     if kind == "layer":
         return nn.LayerNorm(channels) if axes == 0 else nn.GroupNorm(1, channels)
     if kind == "group":
