@@ -66,7 +66,9 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     held = facts.outcome()
     best, now = exact.loss, held.loss
     by_loss = (
-        best is not None and now is not None and not now - best <= GAP_SHARE * best + GAP_LEAST
+        best is not None
+        and now is not None
+        and not now - best <= GAP_SHARE * abs(best) + GAP_LEAST  # a loss may be negative
     )
 
     def harm() -> float:

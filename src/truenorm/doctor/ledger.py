@@ -147,7 +147,7 @@ class Ledger:
         finite = True
         if before is not None and after is not None:
             wrote = after[0] != before[0]
-            finite = math.isfinite(torch.dot(after[2], after[2]).item())
+            finite = math.isfinite(after[2].double().square().sum().item())
             momentum = layer.module.momentum
             if wrote and momentum:
                 mean = (after[1] - (1 - momentum) * before[1]) / momentum
