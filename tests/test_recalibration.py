@@ -557,6 +557,12 @@ def test_a_compiled_model_is_recalibrated():
         inner(rows())
     tn.recalibrate(inner, rows().split(32))
     same_statistics(inner, by_hand(net(), rows()))
+    part = net().eval()
+    nested = nn.Sequential(torch.compile(part, backend="eager"), nn.Identity())
+    with torch.no_grad():
+        nested(rows()[:32])  # of the size that comes: else it is compiled again, with the hooks
+    assert not tn.recalibrate(nested, rows().split(32)).left
+    same_statistics(part, by_hand(net(), rows()))
 
 
 def test_the_result_reads_as_a_table():
