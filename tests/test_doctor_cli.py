@@ -118,6 +118,17 @@ def test_a_checkpoint_is_examined_by_its_buffers(suffix, tmp_path, capsys):
     assert (finding["code"], finding["layer"]) == ("TN102", name)
 
 
+def test_recalibration_goes_through_all_of_the_data(factory, capsys):
+    (factory / "ill.py").write_text(
+        "import patients\n"
+        "def long():\n"
+        "    return patients.trained('mlp'), patients.batches('mlp', 50)\n"
+    )
+    _, out, _ = said(capsys, "recalibrate", "ill:long", "-o", "new.safetensors", "--json")
+    told = json.loads(out)
+    assert told["batches"] == 45  # a tenth is held out
+
+
 def test_recalibration_is_written_only_if_it_is_no_worse(run_folder, factory, capsys):
     code, out, _ = said(
         capsys, "recalibrate", "ill:model", "-o", str(factory / "new.safetensors"), "--json"

@@ -251,7 +251,7 @@ def recalibrate(
     from truenorm.doctor import target as targets
     from truenorm.report import diagnosis as report
 
-    opened = targets.open_target(target, data, label)
+    opened = targets.open_target(target, data, label, most=None)
     if opened.batches is None:
         raise InputError("recalibrate needs data; name a source with --data.")
     result = truenorm.recalibrate(

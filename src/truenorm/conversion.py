@@ -134,23 +134,20 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
             changed then.
     """
     choose("target", to, get_args(Target))
-    change = _change(to, settings)
+    _check(to, settings)
     chosen = _selector(where)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, norms.NORMS):
             names.setdefault(module, []).append(name)
-    calls = _calls(model, list(names), settings["example"]) if to == "per-call" else None
+    change = _change(to, settings, model, names)
     rows = []
     for module, aliases in names.items():
         before = _described(module)
         try:
             if not any(chosen(name, module) for name in aliases):
                 raise _Left("not selected by where")
-            if calls is None:
-                after, note = change(module)
-            else:
-                after, note = _to_per_call(model, module, aliases, calls[module])
+            after, note = change(module)
         except _Left as why:
             rows.append(Row(aliases[0], before, before, False, str(why)))
             continue
@@ -173,8 +170,8 @@ def _selector(where: Where) -> Callable[[str, nn.Module], bool]:
 _Change = Callable[[nn.Module], tuple[str, str]]  # what the layer is now, and a note
 
 
-def _change(to: Target, settings: dict[str, Any]) -> _Change:
-    """The change of one layer that ``to`` and ``settings`` ask for; both are checked here."""
+def _check(to: Target, settings: dict[str, Any]) -> None:
+    """Raise InputError for a setting that ``to`` does not take, or one that it lacks."""
     options = {f.name for f in dataclasses.fields(Options)}
     allowed = {
         "truenorm": options,
@@ -193,26 +190,37 @@ def _change(to: Target, settings: dict[str, Any]) -> _Change:
         raise InputError("to='ghost' needs the setting ghost, the number of examples in a group.")
     if to == "per-call" and "example" not in settings:
         raise InputError("to='per-call' needs the setting example, the arguments of one forward.")
-    if to in ("keras", "flax"):
-        return lambda layer: _from_convention(layer, settings)
-    if to == "torch":
-        return _to_torch
-    if to == "per-call":
-        return _described_only  # what is done depends on the whole model: see _to_per_call
-    if to == "group":
-        return lambda layer: _to_group(layer, settings.get("groups"))
-    given = {
+    if to not in _OTHER:
+        Options(**_options(to, settings))
+
+
+_OTHER = ("torch", "group", "per-call", "keras", "flax")  # what is not a change of options
+
+
+def _options(to: Target, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
         "sync": {"sync": settings.get("group", True)},
         "unsync": {"sync": None},
         "frozen": {"frozen": True},
         "unfrozen": {"frozen": False},
     }.get(to, settings)
-    Options(**given)
+
+
+def _change(
+    to: Target, settings: dict[str, Any], model: nn.Module, names: dict[nn.Module, list[str]]
+) -> _Change:
+    """The change of one layer that ``to`` and ``settings`` ask for."""
+    if to in ("keras", "flax"):
+        return lambda layer: _from_convention(layer, settings)
+    if to == "torch":
+        return _to_torch
+    if to == "per-call":
+        calls = _calls(model, list(names), settings["example"])
+        return lambda layer: _to_per_call(model, layer, names[layer], calls[layer])
+    if to == "group":
+        return lambda layer: _to_group(layer, settings.get("groups"))
+    given = _options(to, settings)
     return lambda layer: _to_truenorm(layer, given, only_options=to != "truenorm")
-
-
-def _described_only(layer: nn.Module) -> tuple[str, str]:
-    return _described(layer), ""
 
 
 # -- one layer ----------------------------------------------------------------------------------

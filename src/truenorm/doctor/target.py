@@ -46,7 +46,13 @@ class Target:
     save: Callable[[Path], None]
 
 
-def open_target(text: str, data: str | None = None, target: str | None = None) -> Target:
+def open_target(
+    text: str,
+    data: str | None = None,
+    target: str | None = None,
+    *,
+    most: int | None = MOST_BATCHES,
+) -> Target:
     """Open a run folder, ``package.module:factory``, or a checkpoint.
 
     Args:
@@ -54,24 +60,25 @@ def open_target(text: str, data: str | None = None, target: str | None = None) -
             batches; a checkpoint gives its buffers alone.
         data: a data source as for ``truenorm train``; by default a run's own.
         target: the label's column.
+        most: batches of training data to take at most; None for all.
 
     Raises:
         InputError: nothing such exists, or it cannot be read.
     """
     path = Path(text)
     if path.is_dir():
-        return _of_run(path, data, target)
+        return _of_run(path, data, target, most)
     if path.suffix in _CHECKPOINTS:
         return _of_checkpoint(path, data)
     if ":" in text:
-        return _of_factory(text, data, target)
+        return _of_factory(text, data, target, most)
     raise InputError(
         f"cannot examine {text!r}: it is no run folder, no checkpoint "
         f"({', '.join(_CHECKPOINTS)}) and not package.module:factory."
     )
 
 
-def _of_run(folder: Path, data: str | None, target: str | None) -> Target:
+def _of_run(folder: Path, data: str | None, target: str | None, most: int | None) -> Target:
     run = Run.open(folder)
     request, trained = run.request(), load_model(folder)
     source = data or request.data
@@ -88,7 +95,7 @@ def _of_run(folder: Path, data: str | None, target: str | None) -> Target:
 
     return Target(
         trained.model,
-        _batches(splits.train, size, trained.scaling, most=MOST_BATCHES),
+        _batches(splits.train, size, trained.scaling, most=most),
         _batches(splits.valid, size, trained.scaling, most=None),
         save,
     )
@@ -100,7 +107,7 @@ def _batches(data: Dataset, size: int, scaling: Scaling, *, most: int | None) ->
     return [(batch.x, batch.y) for batch in itertools.islice(cut, most)]
 
 
-def _of_factory(text: str, data: str | None, target: str | None) -> Target:
+def _of_factory(text: str, data: str | None, target: str | None, most: int | None) -> Target:
     place, _, name = text.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as python -m does: modules beside the caller are found
@@ -114,10 +121,10 @@ def _of_factory(text: str, data: str | None, target: str | None) -> Target:
     held: list[Any] | None = None
     if data is not None:
         splits = load(data, target=target)
-        batches = _batches(splits.train, BATCH_SIZE, splits.scaling, most=MOST_BATCHES)
+        batches = _batches(splits.train, BATCH_SIZE, splits.scaling, most=most)
         held = _batches(splits.valid, BATCH_SIZE, splits.scaling, most=None)
     elif isinstance(batches, Iterable):
-        batches = list(itertools.islice(batches, MOST_BATCHES))
+        batches = list(itertools.islice(batches, most))
     return Target(model, batches, held, lambda out: _save(model, out, None))
 
 

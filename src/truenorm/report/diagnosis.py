@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import truenorm
@@ -91,8 +92,8 @@ def told(diagnosis: Diagnosis, console: Console) -> None:
             table.add_row(
                 f"[{colour}]{finding.code}\n{finding.severity}[/{colour}]",
                 finding.layer or "(model)",
-                f"{finding.title}:\n{finding.cause}",
-                "\n".join(f"{k}: {_number(v)}" for k, v in finding.evidence.items()),
+                escape(f"{finding.title}:\n{finding.cause}"),
+                escape("\n".join(f"{k}: {_number(v)}" for k, v in finding.evidence.items())),
                 finding.advice + ("\n(--fix does it)" if finding.fix else ""),
             )
         console.print(table)
