@@ -103,6 +103,14 @@ def test_the_gap_is_laid_to_the_layer_that_carries_it(kind):
         assert not tn.examine(model, batches(kind)).of("TN103")
 
 
+def test_a_gap_is_not_shared_out_where_statistics_are_not_finite():
+    patient = PATIENTS["TN102"][2]("TN102")
+    diagnosis = tn.examine(patient.model, batches(patient.name))
+    assert diagnosis.of("TN102")
+    assert not diagnosis.of("TN103")
+    assert any(s.code == "TN103" and "TN102" in s.why for s in diagnosis.skipped)
+
+
 @pytest.mark.parametrize("code", ["TN103", "TN104", "TN201", "TN202"])
 def test_a_fix_mends_what_it_is_for(code):
     patient = PATIENTS[code][0](code)

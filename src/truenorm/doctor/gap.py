@@ -54,6 +54,9 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
         raise NotApplicable("no batch norm with running statistics was called")
     if facts.untrained:
         raise NotApplicable("the model has not been trained: its statistics are the initial ones")
+    held_now = [statistic for n in norms for statistic in (n.tracked or ())[:2]]
+    if not all(bool(torch.isfinite(statistic).all()) for statistic in held_now):
+        raise NotApplicable("statistics that are not finite hide the gap; see TN102")
     assert facts.flow is not None
     order = {call.module: i for i, call in reversed(list(enumerate(facts.flow.calls)))}
     norms.sort(key=lambda norm: order.get(norm.name, len(order)))

@@ -27,6 +27,8 @@ def batch_mates(facts: Facts) -> Iterator[Found]:
     if number < 2:
         raise NotApplicable("a batch of one example")
     whole = _answer(facts, batch)
+    if not bool(torch.isfinite(whole).all()):
+        raise NotApplicable("the model's answer is not finite")
     if not torch.equal(whole, _answer(facts, batch)):
         raise NotApplicable("the model answers differently each time, even in eval mode")
     try:
