@@ -29,6 +29,7 @@ _NO_GRAPH_TASK = -1
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
+_ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 _FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
@@ -389,8 +390,8 @@ class BatchNorm(_BatchNorm):
                 and mean.dtype is input.dtype
                 and input.dim() in self._axes
                 and input.size(1) == features  # input.shape costs as much as all these lines
-                and own["_least"] * features <= input.numel()
-                and (input.numel() <= functional.ROWS * features or not summed_in_rows(input))
+                and (size := input.numel()) >= own["_least"] * features
+                and (size <= functional.ROWS * features or not summed_in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
                 and len(parameters) == 2  # else one is parametrized
@@ -399,7 +400,7 @@ class BatchNorm(_BatchNorm):
             ):
                 var, batches = held["running_var"], held["num_batches_tracked"]
                 before = _cat((mean, var))
-                batches.add_(1)
+                batches.add_(_ONE)
                 momentum = own["momentum"]
                 if momentum is None:
                     momentum = 1 / int(batches)
