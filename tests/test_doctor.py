@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 
 import numpy as np
@@ -137,17 +136,6 @@ def test_renaming_wrapping_and_dtype_change_no_verdict(code):
     assert codes(double, [(x.double(), y) for x, y in data]) == expected
     tn.convert(patient.model, to="truenorm")
     assert codes(patient.model, data) == expected
-
-
-def test_a_diagnosis_reads_as_text_and_as_json():
-    model = trained("mlp")
-    patients.norms(model)[0].running_var[0] = float("nan")
-    diagnosis = tn.examine(model)
-    assert "error TN102 1: Statistics that are not finite" in str(diagnosis)
-    read = json.loads(diagnosis.to_json())
-    assert read["healthy"] is False
-    assert read["findings"][0]["code"] == "TN102"
-    assert read["findings"][0]["evidence"] == {"not finite in running_var": 1}
 
 
 def test_assert_healthy_names_what_is_wrong():

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -18,7 +19,7 @@ import truenorm
 from truenorm.config import TrainConfig, config_help
 from truenorm.errors import InputError
 
-DONE, FOUND, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+DONE, FOUND, MENDABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
 
 
@@ -162,7 +163,7 @@ def doctor(
     *,
     data: str | None = None,
     label: str | None = None,
-    format: Literal["text", "json", "sarif", "html"] = "text",
+    format: Literal["text", "json", "sarif", "html"] | None = None,
     fail_on: Literal["error", "warning", "note"] = "warning",
     baseline: Path | None = None,
     fix: Annotated[bool, Parameter(negative="")] = False,
@@ -177,45 +178,66 @@ def doctor(
     ----------
     target
         A run folder; package.module:factory, a function that returns a model, or a model and
-        its batches; or a .safetensors or .pt checkpoint, of which the buffers are examined.
+        its batches; or a .safetensors, .pt, .pth, .bin or .ckpt checkpoint, of which the tensors
+        alone are examined.
     data
         A data source as for train; by default the run's own. Without data only structure and
         buffers are looked at.
     label
         The label's column of a .csv or .parquet file.
     format
-        How to print the diagnosis.
+        How to print the diagnosis; by default as --out's suffix says (.json, .sarif or .html),
+        else text.
     fail_on
         The least severity that makes the exit status 1.
     baseline
         An earlier diagnosis as JSON: what it holds already does not fail.
     fix
-        Apply the remedies that can be applied, and write the mended model to --out.
+        Apply the remedies that can be applied, and write the mended model to --out; the
+        diagnosis, and the exit status, are then those of the mended model.
     out
-        Where to write: the mended model with --fix, else the diagnosis.
+        Where to write: the mended model with --fix (its state dict; safetensors, or torch.save's
+        format for .pt and .pth), else the diagnosis. A file that exists is replaced.
     list
         Print all codes and end.
     explain
         Print the page of one code and end.
     """
+    if list or explain is not None:
+        from truenorm.report import codes
+
+        if list:
+            codes.listed(as_json=json)
+        else:
+            codes.explained(explain or "", as_json=json)
+        return DONE
+    if target is None:
+        raise InputError("doctor needs a target: a run folder, package.module:factory or a file.")
+    if json and format not in (None, "json"):
+        raise InputError(f"--json and --format {format} contradict each other; choose one.")
+    if fix and out is None:
+        raise InputError("--fix needs --out FILE, where the mended model goes.")
+    _check_file(out)
+
     from truenorm.doctor import target as targets
     from truenorm.report import diagnosis as report
 
-    if list or explain is not None:
-        return report.explained(explain)
-    if target is None:
-        raise InputError("doctor needs a target: a run folder, package.module:factory or a file.")
-    if fix and out is None:
-        raise InputError("--fix needs --out FILE, where the mended model goes.")
+    known = targets.known(baseline) if baseline is not None else set()
     opened = targets.open_target(target, data, label)
-    seen = targets.known(baseline) if baseline is not None else set()
-    diagnosis = truenorm.examine(opened.model, opened.batches)
-    if fix and out is not None:
-        diagnosis.fix()
-        opened.save(out)
+    kind = "json" if json else format or ("text" if fix else report.format_of(out))
+    applied = None
+    with targets.foreign(f"{target} could not be examined"):
         diagnosis = truenorm.examine(opened.model, opened.batches)
-    report.deliver(diagnosis, target, "json" if json else format, None if fix else out)
-    return FOUND if diagnosis.worse_than(fail_on, seen) else DONE
+        if fix:
+            applied = diagnosis.fix()
+            diagnosis = truenorm.examine(opened.model, opened.batches)
+    if fix and out is not None:
+        opened.save(out)
+        report.mended(applied or (), out)
+    report.deliver(diagnosis, opened, kind, None if fix else out, applied)
+    if baseline is not None:
+        report.forgiven(diagnosis, known, baseline)
+    return FOUND if diagnosis.worse_than(fail_on, known) else DONE
 
 
 @app.command
@@ -242,7 +264,8 @@ def recalibrate(
     label
         The label's column of a .csv or .parquet file.
     out
-        The .safetensors file to write.
+        The file for the model's state dict: safetensors, or torch.save's format for .pt and .pth.
+        One that exists is replaced.
     one_pass
         One pass over the data: exact for the first layer alone.
     keep_worse
@@ -251,20 +274,33 @@ def recalibrate(
     from truenorm.doctor import target as targets
     from truenorm.report import diagnosis as report
 
+    _check_file(out)
+    if targets.is_checkpoint(target):
+        raise InputError(
+            f"{target}: a checkpoint has no model to run data through; give a run folder or "
+            "package.module:factory."
+        )
     opened = targets.open_target(target, data, label, most=None)
     if opened.batches is None:
         raise InputError("recalibrate needs data; name a source with --data.")
-    result = truenorm.recalibrate(
-        opened.model,
-        opened.batches,
-        held_out=opened.held_out,
-        exact=not one_pass,
-        keep_worse=keep_worse,
-    )
+    with targets.foreign(f"{target} could not be recalibrated"):
+        result = truenorm.recalibrate(
+            opened.model,
+            opened.batches,
+            held_out=opened.held_out,
+            exact=not one_pass,
+            keep_worse=keep_worse,
+        )
     if result.kept:
         opened.save(out)
     report.recalibrated(result, out, as_json=json)
     return DONE if result.kept else FOUND
+
+
+def _check_file(out: Path | None) -> None:
+    """Refuse at once what could not be written after the work."""
+    if out is not None and out.is_dir():
+        raise InputError(f"{out}: is a folder; --out names a file.")
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
@@ -282,6 +318,10 @@ def main(tokens: list[str] | None = None) -> None:
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         code = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = UNREAD
     except (InputError, CycloptsError, OSError, MemoryError) as error:
         _refuse(_text_of(error), as_json="--json" in tokens)
         code = MENDABLE

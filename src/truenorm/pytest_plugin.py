@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_healthy() -> Callable[..., Any]:
-    """``truenorm.assert_healthy``: fails the test with the findings of an unhealthy model."""
-    import truenorm
+    """``assert_healthy(model, data)``: fail the test if the model's normalization is at fault.
+
+    It is ``truenorm.assert_healthy``; ``fail_on`` and ``ignore`` say what may stand.
+    """
+    import truenorm  # here: collecting tests does not wait for torch
 
     return truenorm.assert_healthy

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from truenorm.calling import Arguments, Loss
+from truenorm.doctor import codes
 from truenorm.doctor.checks import Check, Found, NotApplicable, Severity
 from truenorm.doctor.facts import Facts, as_it_was, evaluate, gather, observe
 from truenorm.doctor.register import CHECKS
 from truenorm.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -44,6 +48,24 @@ class Finding:
     advice: str
     fix: Callable[[], Any] | None = None
 
+    @property
+    def page(self) -> str:
+        """What ``truenorm doctor --explain`` prints of its code, in Markdown."""
+        return codes.page(self.code)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite become text."""
+        return {
+            "code": self.code,
+            "title": self.title,
+            "severity": self.severity,
+            "layer": self.layer,
+            "cause": self.cause,
+            "evidence": {k: _plain(v) for k, v in self.evidence.items()},
+            "advice": self.advice,
+            "fixable": self.fix is not None,
+        }
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -54,9 +76,9 @@ class Skipped:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What an examination found.
+    """What an examination found; prints as a table, also in a notebook.
 
     Attributes:
         findings: worst first, then in the order of codes and layers.
@@ -104,19 +126,7 @@ class Diagnosis:
         return {
             "healthy": self.healthy,
             "layers": self.layers,
-            "findings": [
-                {
-                    "code": f.code,
-                    "title": f.title,
-                    "severity": f.severity,
-                    "layer": f.layer,
-                    "cause": f.cause,
-                    "evidence": {k: _plain(v) for k, v in f.evidence.items()},
-                    "advice": f.advice,
-                    "fixable": f.fix is not None,
-                }
-                for f in self.findings
-            ],
+            "findings": [finding.to_dict() for finding in self.findings],
             "passed": list(self.passed),
             "skipped": [{"code": s.code, "title": s.title, "why": s.why} for s in self.skipped],
         }
@@ -125,17 +135,45 @@ class Diagnosis:
         """:meth:`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def to_sarif(self, target: str = "model") -> str:
+        """SARIF 2.1.0, for code scanning.
+
+        Args:
+            target: the file, by its path or URI, that findings are reported in.
+        """
+        from truenorm.doctor import rendering
+
+        return rendering.as_sarif(self, target)
+
+    def to_html(self, target: str = "model") -> str:
+        """A page that opens offline, in light and in dark.
+
+        Args:
+            target: what was examined, for the title.
+        """
+        from truenorm.doctor import rendering
+
+        return rendering.as_html(self, target)
+
     def __str__(self) -> str:
-        lines = [
-            f"{f.severity} {f.code} {f.layer or '(model)'}: {f.title}. {f.cause}. {f.advice}"
-            for f in self.findings
-        ]
-        told = "healthy" if self.healthy else "not healthy"
-        head = (
-            f"{told}: {len(self.findings)} findings, {len(self.passed)} checks passed, "
-            f"{len(self.skipped)} skipped, {self.layers} normalization layers"
-        )
-        return "\n".join([head, *lines])
+        from truenorm.doctor import rendering
+
+        return rendering.as_text(self)
+
+    def __repr__(self) -> str:
+        from truenorm.doctor import rendering
+
+        return f"<Diagnosis: {rendering.verdict(self)}>"
+
+    def __rich__(self) -> RenderableType:
+        from truenorm.doctor import rendering
+
+        return rendering.as_table(self)
+
+    def _repr_html_(self) -> str:
+        from truenorm.doctor import rendering
+
+        return rendering.as_html(self, "model", whole=False)
 
 
 def _plain(value: Any) -> Any:
@@ -264,13 +302,16 @@ def assert_healthy(
     Raises:
         AssertionError: with the findings.
     """
-    diagnosis = examine(model, data, **given)
-    known = {check.code for check in CHECKS}
-    ignored = set(ignore)
+    from truenorm.doctor import rendering
+
+    __tracebackhide__ = True  # pytest then shows the caller's line and the message alone
+    known, ignored = {check.code for check in CHECKS}, set(ignore)
     if not ignored <= known:
         raise InputError(f"unknown codes in ignore: {', '.join(sorted(ignored - known))}.")
+    diagnosis = examine(model, data, **given)
     bad = [f for f in diagnosis.worse_than(fail_on) if f.code not in ignored]
     if bad:
-        lines = [f"  {f.severity} {f.code} {f.layer or '(model)'}: {f.cause}" for f in bad]
-        raise AssertionError("the model's normalization is not healthy:\n" + "\n".join(lines))
+        kinds = ", ".join(dict.fromkeys(f.code for f in bad))  # pytest's summary is short
+        head = f"not healthy: {kinds}; {rendering.counted(bad)}"
+        raise AssertionError(f"{head}\n{rendering.in_lines(bad)}")
     return diagnosis

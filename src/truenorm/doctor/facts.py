@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -33,8 +34,8 @@ class Seen:
         call: number of the call in its forward.
         shape: of the input.
         moments: of the input, (1, C), over batch and positions.
-        between: variance between the examples' means, (C,); what i.i.d. batches of N examples
-            would differ by is this over N.
+        between: variance between the rows' means, (C,), rows of one example counted as one; what
+            i.i.d. batches of N rows would differ by is this over N.
     """
 
     batch: int
@@ -44,7 +45,7 @@ class Seen:
     between: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class NormFacts:
     """One normalization layer: the module as it stands, and what it was seen to get."""
 
@@ -83,6 +84,18 @@ class NormFacts:
     def fixed(self) -> bool:
         """Whether it is frozen by TrueNorm's option, and so cannot move."""
         return isinstance(self.module, BatchNorm) and self.module.options.frozen
+
+    @property
+    def learns(self) -> bool:
+        """Whether gamma or beta has a gradient."""
+        return any(p.requires_grad for p in self.module.parameters(recurse=False))
+
+    @property
+    def initial(self) -> bool:
+        """Whether gamma is one constant of 0 or 1 and beta 0, as constructors leave them."""
+        weight, bias = self.learned
+        constant = weight is None or not bool((weight.detach() * (weight.detach() - 1)).any())
+        return constant and (bias is None or not bias.detach().any())
 
     @property
     def learned(self) -> tuple[Tensor | None, Tensor | None]:
@@ -128,6 +141,8 @@ class Facts:
         loss: as given.
         arguments: as given.
         flow: the operations of one forward, if there are data.
+        last: examples in the last batch of the data, also where it was not looked at; None if
+            that is not known.
     """
 
     model: nn.Module
@@ -138,6 +153,7 @@ class Facts:
     loss: calling.Loss | None = None
     arguments: calling.Arguments | None = None
     flow: Flow | None = None
+    last: int | None = None
 
     @property
     def batch_norms(self) -> list[NormFacts]:
@@ -148,7 +164,24 @@ class Facts:
     def untrained(self) -> bool:
         """Whether the model looks as its constructor left it: all statistics, gammas and betas."""
         tracking = [norm for norm in self.batch_norms if norm.tracked is not None]
-        return bool(tracking) and all(n.untouched and _initial(n) for n in tracking)
+        stepped = self.optimizer is not None and bool(self.optimizer.state)
+        return bool(tracking) and not stepped and all(n.untouched and n.initial for n in tracking)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is in train mode: a wrapper put around an evaluating one is not."""
+        parts = [m for m in self.model.modules() if not any(m.children())]
+        return self.model.training and any(part.training for part in parts)
+
+    def moves(self, norm: NormFacts) -> bool:
+        """Whether training moves the statistics of ``norm``: it is frozen in no way."""
+        if norm.fixed:
+            return False
+        if self.trains:
+            return norm.module.training
+        own = list(norm.module.parameters(recurse=False))
+        learns = any(p.requires_grad for p in self.model.parameters())
+        return not own or not learns or norm.learns
 
     def outcome(self) -> Outcome:
         """Evaluate the batches as the model stands, in its present modes."""
@@ -167,12 +200,6 @@ class Facts:
                 result.right += accuracy * number
                 result.judged += number
         return result
-
-
-def _initial(norm: NormFacts) -> bool:
-    weight, bias = norm.learned
-    constant = weight is None or not bool((weight.detach() * (weight.detach() - 1)).any())
-    return constant and (bias is None or not bias.detach().any())
 
 
 @contextlib.contextmanager
@@ -234,10 +261,7 @@ def gather(
     facts = Facts(model, norms, optimizer)
     if data is None:
         return facts
-    for batch in data:
-        facts.batches.append(batch)
-        if len(facts.batches) == MOST_BATCHES:
-            break
+    facts.batches, facts.last = _taken(data)
     if not facts.batches:
         raise InputError("data has no batch; give an iterable of at least one.")
     facts.call = calling.Call(model, device=device, arguments=arguments)
@@ -249,6 +273,38 @@ def evaluate(model: nn.Module) -> None:
     """Eval mode, module by module: a model's own ``eval()`` may do more than that."""
     for module in model.modules():
         module.training = False
+
+
+def _taken(data: Iterable[Any]) -> tuple[list[Any], int | None]:
+    """At most :data:`MOST_BATCHES` batches, and how many examples the last one of all has.
+
+    Of a longer sequence the last batch is among them; a longer DataLoader says how long its last
+    one is; of other streams nobody knows.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data must be batches that can be iterated, got {type(data).__name__}; put a single "
+            "batch into a list."
+        )
+    if isinstance(data, (list, tuple)) and len(data) > MOST_BATCHES:
+        data = [*data[: MOST_BATCHES - 1], data[-1]]
+    stream = iter(data)
+    batches = list(itertools.islice(stream, MOST_BATCHES))
+    if len(batches) < MOST_BATCHES or isinstance(data, list):
+        return batches, calling.examples_of(batches[-1]) if batches else None
+    return batches, _remainder(data)
+
+
+def _remainder(data: Any) -> int | None:
+    """Examples in the last batch of a DataLoader with a batch size, by arithmetic."""
+    size, sampler = getattr(data, "batch_size", None), getattr(data, "sampler", None)
+    try:
+        examples = len(sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    if not isinstance(size, int) or getattr(data, "drop_last", False):
+        return None
+    return examples % size or size
 
 
 def observe(facts: Facts) -> None:
@@ -269,7 +325,8 @@ def observe(facts: Facts) -> None:
                 number = calls.get(norm.name, 0)
                 calls[norm.name] = number + 1
                 mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-                norm.seen.append(_seen(given[0], mask, place["batch"], number))
+                number_of = calling.examples_of(facts.batches[place["batch"]])
+                norm.seen.append(_seen(given[0], mask, place["batch"], number, number_of))
 
         handles.append(norm.module.register_forward_pre_hook(look, with_kwargs=True))
     try:
@@ -282,14 +339,22 @@ def observe(facts: Facts) -> None:
             handle.remove()
 
 
-def _seen(x: Tensor, mask: Any, batch: int, call: int) -> Seen:
+def _seen(x: Tensor, mask: Any, batch: int, call: int, examples: int) -> Seen:
     x = wide(x.detach())
     where = valid(mask, x) if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
     if where is not None:
         x = torch.where(where, x, 0)
-    means = x.flatten(2).mean(2) if x.ndim > 2 else x
-    between = means.double().var(0) if len(means) > 1 else torch.zeros(x.shape[1])
-    return Seen(batch, call, tuple(x.shape), moments(x, where), between.double().cpu())
+    means = (x.flatten(2).mean(2) if x.ndim > 2 else x).double()
+    rows, between = len(means), means.var(0) if len(means) > 1 else means.new_zeros(x.shape[1])
+    if 1 < examples < rows and rows % examples == 0:
+        # Several rows of one example, as the frames of a video, are alike; they may lie together
+        # or be apart.
+        grouped = (
+            means.view(examples, -1, x.shape[1]).mean(1),
+            means.view(-1, examples, x.shape[1]).mean(0),
+        )
+        between = torch.maximum(grouped[0].var(0), grouped[1].var(0)) * (rows / examples)
+    return Seen(batch, call, tuple(x.shape), moments(x, where), between.cpu())
 
 
 def values_per_channel(shape: tuple[int, ...]) -> int:

@@ -1,71 +1,85 @@
-"""A diagnosis as a table for a terminal, as SARIF 2.1.0 for code scanning, and as a page."""
+"""What the doctor's commands print or write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-import truenorm
 from truenorm.doctor.diagnosis import Diagnosis, Finding
-from truenorm.doctor.register import CHECKS
-from truenorm.errors import choose
+from truenorm.doctor.rendering import folded, verdict
+from truenorm.doctor.target import Target
 from truenorm.recalibration import Recalibration
 from truenorm.run import to_json, write_atomically
 
-_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+
+def format_of(out: Path | None) -> str:
+    """The format that the suffix of ``out`` asks for."""
+    suffix = "" if out is None else out.suffix.removeprefix(".")
+    return suffix if suffix in ("json", "sarif", "html") else "text"
 
 
-def deliver(diagnosis: Diagnosis, target: str, format: str, out: Path | None) -> None:
-    """Print the diagnosis, or write it to ``out``.
+def deliver(
+    diagnosis: Diagnosis,
+    opened: Target,
+    format: str,
+    out: Path | None,
+    applied: Collection[Finding] | None = None,
+) -> None:
+    """Print the diagnosis, or write it to ``out`` and say so on stderr.
+
+    Args:
+        diagnosis: what to tell.
+        opened: what was examined.
+        format: text, json, sarif or html.
+        out: None for stdout.
+        applied: findings that were fixed before, which JSON then lists.
 
     Raises:
         InputError: ``out`` cannot be written.
     """
-    if format == "text" and out is None:
-        told(diagnosis, Console(highlight=False))
+    console = Console(highlight=False)
+    if format == "text" and out is None and console.is_terminal:
+        console.print(diagnosis)
         return
+    fixed = {} if applied is None else {"fixed": [finding.to_dict() for finding in applied]}
     made: dict[str, Callable[[], str]] = {
         "text": lambda: str(diagnosis),
-        "json": diagnosis.to_json,
-        "sarif": lambda: sarif(diagnosis, target),
-        "html": lambda: page(diagnosis, target),
+        "json": lambda: json.dumps(diagnosis.to_dict() | fixed, indent=1),
+        "sarif": lambda: diagnosis.to_sarif(opened.file),
+        "html": lambda: diagnosis.to_html(opened.name),
     }
     text = made[format]()
     if out is None:
         print(text)
     else:
         write_atomically(out, lambda path: path.write_text(text + "\n", "utf-8"))
+        print(f"{verdict(diagnosis)}; written to {out}", file=sys.stderr)
 
 
-def explained(code: str | None) -> int:
-    """Print the page of one code, or with None a line for each.
+def forgiven(
+    diagnosis: Diagnosis, known: Collection[tuple[str, str | None]], baseline: Path
+) -> None:
+    """Say on stderr which findings a baseline knows, so that the exit status is understood."""
+    old = sum((f.code, f.layer) in known for f in diagnosis.findings)
+    print(f"{baseline}: knows {old} of {len(diagnosis.findings)} findings", file=sys.stderr)
 
-    Raises:
-        InputError: no such code.
-    """
-    if code is None:
-        for check in CHECKS:
-            print(f"{check.code}  {check.title} (needs {check.needs})")
-        return 0
-    choose("code", code, tuple(check.code for check in CHECKS))
-    check = next(check for check in CHECKS if check.code == code)
-    asked = "" if check.look.__doc__ is None else f"{check.look.__doc__.splitlines()[0]}\n\n"
-    print(f"# {check.code}: {check.title}\n\n{asked}{check.advice}\n\nNeeds: {check.needs}.")
-    return 0
+
+def mended(applied: Collection[Finding], out: Path) -> None:
+    """Say on stderr what a fix did; what is told on stdout is the model after it."""
+    for fold in folded(applied):
+        print(f"fixed {fold.first.code} {fold.where}: {fold.first.title}", file=sys.stderr)
+    print(f"{'' if applied else 'nothing to fix; '}written to {out}", file=sys.stderr)
 
 
 def recalibrated(result: Recalibration, out: Path, *, as_json: bool) -> None:
     """Print what a recalibration did."""
     if not as_json:
         print(result)
-        print(f"written to {out}" if result.kept else "nothing was written")
+        print(f"written to {out}" if result.kept else "nothing was written; see --keep-worse")
         return
     about = {
         "kept": result.kept,
@@ -79,92 +93,3 @@ def recalibrated(result: Recalibration, out: Path, *, as_json: bool) -> None:
         "left": [it._asdict() for it in result.left],
     }
     print(to_json(about))
-
-
-def told(diagnosis: Diagnosis, console: Console) -> None:
-    """Print the findings as a table, and a line on the rest."""
-    if diagnosis.findings:
-        table = Table(show_lines=True, expand=False)
-        for name in ("", "layer", "what", "evidence", "what to do"):
-            table.add_column(name, overflow="fold")
-        for finding in diagnosis.findings:
-            colour = _COLOURS[finding.severity]
-            table.add_row(
-                f"[{colour}]{finding.code}\n{finding.severity}[/{colour}]",
-                finding.layer or "(model)",
-                escape(f"{finding.title}:\n{finding.cause}"),
-                escape("\n".join(f"{k}: {_number(v)}" for k, v in finding.evidence.items())),
-                finding.advice + ("\n(--fix does it)" if finding.fix else ""),
-            )
-        console.print(table)
-    state = "healthy" if diagnosis.healthy else "not healthy"
-    console.print(
-        f"{state}: {len(diagnosis.findings)} findings in {diagnosis.layers} normalization layers; "
-        f"{len(diagnosis.passed)} checks passed, {len(diagnosis.skipped)} skipped"
-    )
-    for skipped in diagnosis.skipped:
-        console.print(f"  {skipped.code} {skipped.title}: {skipped.why}", style="dim")
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def sarif(diagnosis: Diagnosis, target: str) -> str:
-    """SARIF 2.1.0 (OASIS), a result for each finding, layers as logical locations."""
-    levels = {"error": "error", "warning": "warning", "note": "note"}
-    run = {
-        "tool": {
-            "driver": {
-                "name": "truenorm",
-                "version": truenorm.__version__,
-                "rules": [
-                    {
-                        "id": check.code,
-                        "name": check.title,
-                        "shortDescription": {"text": check.title},
-                        "help": {"text": check.advice},
-                    }
-                    for check in CHECKS
-                ],
-            }
-        },
-        "results": [_sarif_result(f, levels[f.severity], target) for f in diagnosis.findings],
-    }
-    schema = "https://json.schemastore.org/sarif-2.1.0.json"
-    return json.dumps({"$schema": schema, "version": "2.1.0", "runs": [run]}, indent=1)
-
-
-def _sarif_result(finding: Finding, level: str, target: str) -> dict[str, Any]:
-    place = {"name": finding.layer or "(model)", "fullyQualifiedName": finding.layer or target}
-    return {
-        "ruleId": finding.code,
-        "level": level,
-        "message": {"text": f"{finding.layer or 'model'}: {finding.cause}. {finding.advice}"},
-        "locations": [
-            {
-                "physicalLocation": {"artifactLocation": {"uri": target.replace("\\", "/")}},
-                "logicalLocations": [place],
-            }
-        ],
-        "properties": {"evidence": {k: str(v) for k, v in finding.evidence.items()}},
-    }
-
-
-def page(diagnosis: Diagnosis, target: str) -> str:
-    """One page that opens offline, in light and in dark."""
-    loader = jinja2.PackageLoader("truenorm", "report")
-    template = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    titles = {check.code: check.title for check in CHECKS}
-    return template.get_template("diagnosis.html").render(
-        diagnosis=diagnosis,
-        target=target,
-        titles=titles,
-        number=_number,
-        count={
-            severity: sum(f.severity == severity for f in diagnosis.findings)
-            for severity in ("error", "warning", "note")
-        },
-    )

@@ -1,0 +1,286 @@
+"""A diagnosis as a rich table, as plain text, as SARIF 2.1.0 and as a page; computes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from truenorm.doctor.checks import Severity
+from truenorm.doctor.codes import Code, codes, page
+from truenorm.doctor.diagnosis import SEVERITIES, Diagnosis, Finding
+
+NAMED = 3  # layers and values that are named where many are told of at once
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+_WITH_DIGIT = re.compile(r"[\w.]*\d[\w.]*")  # numbers, and names such as layer1.0.conv2
+_LINK = re.compile(r"\[([^]]+)\]\([^)]+\.md\)")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Findings of one code and severity whose causes differ in numbers and names alone."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def first(self) -> Finding:
+        return self.findings[0]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, each once."""
+        return tuple(dict.fromkeys(f.layer or "(model)" for f in self.findings))
+
+    @property
+    def where(self) -> str:
+        """One layer's name, or the number of layers and the first names."""
+        if len(self.layers) == 1:
+            return self.layers[0]
+        return f"{len(self.layers)} layers: {_some(self.layers)}"
+
+    @property
+    def cause(self) -> str:
+        alike = all(f.cause == self.first.cause for f in self.findings)
+        return self.first.cause if alike else f"{self.first.cause}; the others likewise"
+
+    @property
+    def evidence(self) -> dict[str, str]:
+        """What the numbers are of, and their range over the findings."""
+        names = dict.fromkeys(name for f in self.findings for name in f.evidence)
+        return {
+            name: _range([f.evidence[name] for f in self.findings if name in f.evidence])
+            for name in names
+        }
+
+    @property
+    def numbers(self) -> str:
+        """The evidence on one line."""
+        return "; ".join(f"{name}: {value}" for name, value in self.evidence.items())
+
+
+def folded(findings: Iterable[Finding]) -> list[Fold]:
+    """``findings`` in their order, each joined to the first that it is like."""
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for f in findings:
+        cause = _WITH_DIGIT.sub("#", f.cause)
+        alike.setdefault((f.severity, f.code, cause, str(f.fix is None)), []).append(f)
+    return [Fold(tuple(same)) for same in alike.values()]
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:NAMED]) + (", ..." if len(every) > NAMED else "")
+
+
+def number(value: Any) -> str:
+    """Four digits of a float; anything else as it prints."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _range(values: list[Any]) -> str:
+    told = dict.fromkeys(map(number, values))
+    if len(told) == 1:
+        return next(iter(told))
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return f"{number(min(values))} to {number(max(values))}"
+    return _some(told)
+
+
+def counted(findings: Iterable[Finding]) -> str:
+    """Like "1 error, 2 warnings"; "no findings"."""
+    numbers = Counter(f.severity for f in findings)
+    told = [_number_of(numbers[s], s) for s in SEVERITIES if numbers[s]]
+    return ", ".join(told) or "no findings"
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """One line: healthy or not, and how much was looked at."""
+    state = "healthy" if diagnosis.healthy else "not healthy"
+    passed, skipped = len(diagnosis.passed), len(diagnosis.skipped)
+    return (
+        f"{state}: {counted(diagnosis.findings)}; "
+        f"{_number_of(diagnosis.layers, 'normalization layer')}, "
+        f"{_number_of(passed, 'check')} passed, {skipped} skipped"
+    )
+
+
+def _number_of(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# -- in a terminal --------------------------------------------------------------------------------
+
+
+def as_table(diagnosis: Diagnosis) -> RenderableType:
+    """What counts as a table, then notes and skipped checks in a few lines, the verdict last."""
+    folds = folded(diagnosis.findings)
+    severe = [fold for fold in folds if fold.first.severity != "note"]
+    notes = [fold for fold in folds if fold.first.severity == "note"]
+    parts: list[RenderableType] = []
+    if severe:
+        parts += [_findings(severe), ""]
+    if notes:
+        parts += [_notes(notes), ""]
+    if diagnosis.skipped:
+        parts += [_skipped(diagnosis), ""]
+    colour = "green" if diagnosis.healthy else "red"
+    return Group(*parts, Text(verdict(diagnosis), style=f"bold {colour}"))
+
+
+def _findings(folds: list[Fold]) -> Table:
+    # No lines: box drawing is more than some encodings can print.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table.add_column("code", no_wrap=True)
+    table.add_column("layer", overflow="fold", max_width=24)
+    table.add_column("what was found, and what to do", overflow="fold")
+    for fold in folds:
+        first = fold.first
+        told = Text.assemble((first.title, "bold"), f"\n{fold.cause}")
+        if fold.evidence:
+            told.append(f"\n{fold.numbers}", style="dim")
+        told.append(f"\n{first.advice}" + (" (--fix does it)" if first.fix else ""), style="cyan")
+        code = Text(f"{first.code}\n{first.severity}", style=_COLOURS[first.severity])
+        table.add_row(code, Text(fold.where), told)
+    return table
+
+
+def _notes(folds: list[Fold]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for fold in folds:
+        told = f"{fold.first.title}, {fold.where}: {fold.cause}"
+        table.add_row(Text(f"{fold.first.code} note"), Text(told), style="dim")
+    return table
+
+
+def _skipped(diagnosis: Diagnosis) -> Text:
+    reasons: dict[str, list[str]] = {}
+    for skipped in diagnosis.skipped:
+        reasons.setdefault(skipped.why, []).append(skipped.code)
+    lines = [f"skipped, {why}: {', '.join(held)}" for why, held in reasons.items()]
+    return Text("\n".join(lines), style="dim")
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """The table without colours, as wide as the terminal, or 80 characters."""
+    console = Console(
+        file=io.StringIO(), color_system=None, force_terminal=False, force_jupyter=False
+    )
+    with console.capture() as caught:
+        console.print(as_table(diagnosis))
+    return "\n".join(line.rstrip() for line in caught.get().splitlines())
+
+
+def in_lines(findings: Iterable[Finding]) -> str:
+    """A few lines for each kind of finding, as an assertion's message has them."""
+    lines = []
+    for fold in folded(findings):
+        f = fold.first
+        told = f" ({fold.numbers})" if fold.evidence else ""
+        lines.append(f"  {f.severity} {f.code} {fold.where}: {f.title}: {fold.cause}{told}")
+        lines.append(f"    {f.advice}")
+    return "\n".join(lines)
+
+
+# -- SARIF ----------------------------------------------------------------------------------------
+
+
+def as_sarif(diagnosis: Diagnosis, target: str) -> str:
+    """SARIF 2.1.0 (OASIS): a result for each finding, layers as logical locations."""
+    rules = [_rule(code) for code in codes()]
+    places = {rule["id"]: i for i, rule in enumerate(rules)}
+    seen: Counter[str] = Counter()
+    results = [_result(f, target, places[f.code], seen) for f in diagnosis.findings]
+    run = {
+        "tool": {
+            "driver": {"name": "truenorm", "version": metadata.version("truenorm"), "rules": rules},
+        },
+        "results": results,
+        "properties": {k: v for k, v in diagnosis.to_dict().items() if k != "findings"},
+    }
+    schema = "https://json.schemastore.org/sarif-2.1.0.json"
+    return json.dumps({"$schema": schema, "version": "2.1.0", "runs": [run]}, indent=1)
+
+
+def _rule(code: Code) -> dict[str, Any]:
+    text = _LINK.sub(r"\1", page(code.code))  # links between pages lead nowhere from there
+    return {
+        "id": code.code,
+        "name": "".join(word.capitalize() for word in re.findall(r"\w+", code.title)),
+        "shortDescription": {"text": code.title},
+        "help": {"text": text, "markdown": text},
+        "defaultConfiguration": {"level": code.severities[0]},
+    }
+
+
+def _result(finding: Finding, target: str, rule: int, seen: Counter[str]) -> dict[str, Any]:
+    identity = f"{finding.code}:{finding.layer or ''}"
+    seen[identity] += 1
+    # The one fingerprint that code scanning goes by, in its form "hash:occurrence".
+    mark = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}:{seen[identity]}"
+    where, told = finding.layer or "(model)", finding.to_dict()
+    return {
+        "ruleId": finding.code,
+        "ruleIndex": rule,
+        "level": finding.severity,
+        "message": {"text": f"{where}: {finding.title}: {finding.cause}. {finding.advice}"},
+        "locations": [
+            {
+                "physicalLocation": {
+                    "artifactLocation": {"uri": _uri(target)},
+                    "region": {"startLine": 1},  # a place in the file has to be given
+                },
+                "logicalLocations": [
+                    {"name": where, "fullyQualifiedName": finding.layer or target, "kind": "module"}
+                ],
+            }
+        ],
+        "partialFingerprints": {"primaryLocationLineHash": mark},
+        "properties": {"evidence": told["evidence"], "fixable": told["fixable"]},
+    }
+
+
+def _uri(target: str) -> str:
+    """``target`` as a URI reference: a path, or something like package.module:factory."""
+    if "://" in target:
+        return target
+    return quote(target.replace("\\", "/"))
+
+
+# -- HTML -----------------------------------------------------------------------------------------
+
+
+def as_html(diagnosis: Diagnosis, target: str, *, whole: bool = True) -> str:
+    """One page that opens offline, in light and in dark; or, not ``whole``, its content alone."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("truenorm", "doctor"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    numbers = Counter(f.severity for f in diagnosis.findings)
+    folds: dict[Severity, list[Fold]] = {severity: [] for severity in SEVERITIES}
+    for fold in folded(diagnosis.findings):
+        folds[fold.first.severity].append(fold)
+    return environment.get_template("diagnosis.html").render(
+        diagnosis=diagnosis,
+        target=target,
+        whole=whole,
+        folds=folds,
+        number=number,
+        counts=[(s, numbers[s]) for s in SEVERITIES],
+        titles={code.code: code.title for code in codes()},
+    )
