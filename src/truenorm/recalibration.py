@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -244,6 +244,22 @@ def _moving(settled: _Settled) -> str:
     )
 
 
+def chosen(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``model`` that :func:`recalibrate` would give new statistics."""
+    return list(_chosen(model)[0])
+
+
+@torch.no_grad()
+def settle(call: Call, layers: Collection[_BatchNorm], batches: Sequence[Any]) -> None:
+    """Write into ``layers`` the exact statistics of ``batches``, of this process alone.
+
+    The caller has put the model in eval mode and gives back what it borrows. Values are read in
+    float32, which is enough to tell statistics that fit from others; a single batch takes one pass.
+    """
+    world = _World(call.device, alone=True)
+    _settle(call, layers, batches, world, total=len(batches), exact=True, to=functional.wide)
+
+
 # -- which layers -------------------------------------------------------------------------------
 
 
@@ -440,9 +456,10 @@ def _divided(
 class _World:
     """All ranks, or this process alone. Every rank makes the same calls in the same order."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
         self._device, self._ranks = device, Ranks()
-        self.sum = self._ranks.sum if self._ranks.active else lambda x: x
+        self._joint = self._ranks.active and not alone
+        self.sum = self._ranks.sum if self._joint else lambda x: x
 
     def counts(self, *numbers: float) -> list[int]:
         """Each number summed over ranks."""
@@ -450,7 +467,7 @@ class _World:
 
     def sums(self, *numbers: float) -> list[float]:
         """Each number summed over ranks."""
-        if not self._ranks.active:
+        if not self._joint:
             return list(numbers)
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         summed: list[float] = self.sum(mine).tolist()
@@ -508,7 +525,9 @@ class _Seen:
         self.moments = Moments(*(torch.zeros_like(widest(mean))[None] for _ in range(3)))
         self.calls = self.skipped = 0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> Moments | None:
+    def add(
+        self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]
+    ) -> Moments | None:
         """Take in one input; None if it does not count: not finite, or not (N, C, *S)."""
         self.calls += 1
         if x.ndim < 2 or x.shape[1] != self.moments.mean.shape[1]:
@@ -517,7 +536,7 @@ class _Seen:
         if mask is not None:
             mask = functional.valid(mask, x)
             x = torch.where(mask, x, 0)
-        part = functional.moments(widest(x), mask)
+        part = functional.moments(to(x), mask)
         if not bool(torch.isfinite(part.mean).all() & torch.isfinite(part.var).all()):
             self.skipped += 1
             return None
@@ -542,18 +561,24 @@ def _input_of(layer: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> tuple[Ten
 
 
 def _pass(
-    call: Call, layers: Iterable[_BatchNorm], batches: _Batches, *, own: bool
+    call: Call,
+    layers: Iterable[_BatchNorm],
+    batches: Iterable[Any],
+    *,
+    own: bool,
+    to: Callable[[Tensor], Tensor] = widest,
 ) -> dict[_BatchNorm, _Seen]:
     """What each layer is given over all batches.
 
     Args:
         own: each input is normalized by its own statistics instead of the running ones.
+        to: what inputs are made of before their moments are taken; sums are float64 either way.
     """
     seen = {layer: _Seen(layer) for layer in layers}
 
     def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, _BatchNorm)
-        part = seen[layer].add(*_input_of(layer, args, kwargs))
+        part = seen[layer].add(*_input_of(layer, args, kwargs), to)
         if own and part is not None:
             _write(layer, part)
 
@@ -624,19 +649,22 @@ class _Settled(NamedTuple):
 
 def _settle(
     call: Call,
-    norms: dict[_BatchNorm, str],
-    batches: _Batches,
+    norms: Collection[_BatchNorm],
+    batches: Iterable[Any],
     world: _World,
     *,
     total: int,
     exact: bool,
+    to: Callable[[Tensor], Tensor] = widest,
 ) -> _Settled:
     """Pass over the data until the statistics are those of what inference gives each layer."""
     seen: dict[_BatchNorm, _Seen] = {}
     most = len(norms) + 1 if norms else 0
     for done in range(1, most + 1):
         own = done == 1 and (total == 1 or not exact)
-        old, seen = seen, world.jointly(lambda own=own: _pass(call, norms, batches, own=own))  # type: ignore[misc]
+        old, seen = seen, world.jointly(
+            lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
+        )
         _join(seen, world)
         changed = [_write(layer, seen[layer].moments) for layer in norms]
         if own and (not exact or all(part.calls <= 1 for part in seen.values())):

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,12 +107,26 @@ class NormFacts:
 
 @dataclass
 class Outcome:
-    """Loss (a mean over examples) and accuracy of one evaluation, where they can be had."""
+    """Loss (a mean over examples), accuracy and answers of one evaluation, where there are any."""
 
     losses: list[float] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     right: float = 0.0
     judged: int = 0
+    answers: list[Tensor | None] = field(default_factory=list)  # of each batch, where it has any
+
+    def add(self, output: Any, target: Any, examples: int, loss: calling.Loss | None) -> None:
+        """Take in what the model made of one batch."""
+        value = calling.loss_of(output, target, loss)
+        accuracy = calling.accuracy_of(output, target)
+        if value is not None:
+            self.losses.append(value)
+            self.weights.append(examples)
+        if accuracy is not None:
+            self.right += accuracy * examples
+            self.judged += examples
+        answers = calling.answers_of(output, examples)
+        self.answers.append(None if answers is None else answers.detach())
 
     @property
     def loss(self) -> float | None:
@@ -141,6 +155,7 @@ class Facts:
         loss: as given.
         arguments: as given.
         flow: the operations of one forward, if there are data.
+        held: what the batches come to in evaluation, with the statistics that the model holds.
         last: examples in the last batch of the data, also where it was not looked at; None if
             that is not known.
     """
@@ -153,6 +168,7 @@ class Facts:
     loss: calling.Loss | None = None
     arguments: calling.Arguments | None = None
     flow: Flow | None = None
+    held: Outcome = field(default_factory=Outcome)
     last: int | None = None
 
     @property
@@ -183,22 +199,20 @@ class Facts:
         learns = any(p.requires_grad for p in self.model.parameters())
         return not own or not learns or norm.learns
 
-    def outcome(self) -> Outcome:
-        """Evaluate the batches as the model stands, in its present modes."""
+    def outcome(self, parts: Sequence[tuple[int, Any]]) -> Outcome:
+        """Evaluate batches as the model stands, in its present modes.
+
+        Args:
+            parts: numbered batches; each is begun from the random state that its number gives, so
+                that a model that draws in evaluation draws the same each time.
+        """
         result = Outcome()
         assert self.call is not None
-        for batch in self.batches:
+        for number, batch in parts:
+            torch.manual_seed(number)
             with torch.no_grad():
                 out, target = self.call(batch)
-            loss = calling.loss_of(out, target, self.loss)
-            accuracy = calling.accuracy_of(out, target)
-            number = calling.examples_of(batch)
-            if loss is not None:
-                result.losses.append(loss)
-                result.weights.append(number)
-            if accuracy is not None:
-                result.right += accuracy * number
-                result.judged += number
+            result.add(out, target, calling.examples_of(batch), self.loss)
         return result
 
 
@@ -333,7 +347,9 @@ def observe(facts: Facts) -> None:
         with torch.no_grad():
             for place["batch"], batch in enumerate(facts.batches):
                 calls.clear()
-                call(batch)
+                torch.manual_seed(place["batch"])  # see Facts.outcome
+                out, target = call(batch)
+                facts.held.add(out, target, calling.examples_of(batch), facts.loss)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truenorm.calling import examples_of, tensors_in
+from truenorm.calling import examples_of, part_of, tensors_in
 from truenorm.doctor.checks import Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.functional import moments, wide
@@ -32,7 +32,7 @@ def batch_mates(facts: Facts) -> Iterator[Found]:
     if not torch.equal(whole, _answer(facts, batch)):
         raise NotApplicable("the model answers differently each time, even in eval mode")
     try:
-        half = _answer(facts, _first(batch, number, number // 2))
+        half = _answer(facts, part_of(batch, slice(number // 2), number))
     except Exception as error:  # a model may need the batch whole
         raise NotApplicable(f"half a batch cannot be given to it: {error}") from None
     if len(whole) == number and half.shape == whole[: number // 2].shape:
