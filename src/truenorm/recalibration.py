@@ -525,9 +525,7 @@ class _Seen:
         self.moments = Moments(*(torch.zeros_like(widest(mean))[None] for _ in range(3)))
         self.calls = self.skipped = 0
 
-    def add(
-        self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]
-    ) -> Moments | None:
+    def add(self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]) -> Moments | None:
         """Take in one input; None if it does not count: not finite, or not (N, C, *S)."""
         self.calls += 1
         if x.ndim < 2 or x.shape[1] != self.moments.mean.shape[1]:
@@ -662,8 +660,11 @@ def _settle(
     most = len(norms) + 1 if norms else 0
     for done in range(1, most + 1):
         own = done == 1 and (total == 1 or not exact)
-        old, seen = seen, world.jointly(
-            lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
+        old, seen = (
+            seen,
+            world.jointly(
+                lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
+            ),
         )
         _join(seen, world)
         changed = [_write(layer, seen[layer].moments) for layer in norms]

@@ -89,7 +89,9 @@ class _Study:
     def variance_ratio(self, norm: NormFacts) -> float:
         """The median channel's exact variance over the one that is held; eps added to both."""
         held = self.held[norm][1].double() + norm.eps
-        return float(torch.stack([(v + norm.eps) / held for v in self._of(norm, 1)]).mean(0).median())
+        return float(
+            torch.stack([(v + norm.eps) / held for v in self._of(norm, 1)]).mean(0).median()
+        )
 
     def shift(self, norm: NormFacts) -> float:
         """The worst channel's distance of means, in exact standard deviations."""
@@ -427,7 +429,9 @@ def _shared(study: _Study, *, by_loss: bool) -> _Shares:
         before = after
     judged = sum(len(half.parts[:most]) for half in study.halves)
     total = sum(len(half.parts) for half in study.halves)
-    measured = f"{judged} of {total} batches" if len(study.facts.batches) > 1 else "halves of one batch"
+    measured = (
+        f"{judged} of {total} batches" if len(study.facts.batches) > 1 else "halves of one batch"
+    )
     if len(suspects) < len(norms):
         measured += f", {len(suspects)} of {len(norms)} layers, whose statistics are off most"
     return _Shares(alone, cumulative, measured)
@@ -445,7 +449,9 @@ def _part(before: float, after: float, gap: float) -> float:
 def _told_shares(study: _Study, shares: _Shares) -> dict[str, Any]:
     """The three largest shares, alone, and cumulative in the order of the forward."""
     told: dict[str, Any] = {}
-    ranked = sorted(shares.alone, key=lambda norm: -max(shares.alone[norm], shares.cumulative[norm]))
+    ranked = sorted(
+        shares.alone, key=lambda norm: -max(shares.alone[norm], shares.cumulative[norm])
+    )
     for norm in ranked[:3]:
         told[f"share of {norm.name or '(model)'} alone"] = shares.alone[norm]
         told[f"share of {norm.name or '(model)'} in turn"] = shares.cumulative[norm]
