@@ -26,7 +26,11 @@ class Counted(nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.seen = inner, []
+        self.inner, self.told = inner, ([],)  # deeper than what examine gives back
+
+    @property
+    def seen(self):
+        return self.told[0]
 
     def forward(self, x):
         self.seen.append(len(x))
@@ -233,7 +237,7 @@ def test_an_examination_takes_few_forwards(ill):
     data = batches("resnet")
     diagnosis = tn.examine(model, data)
     assert bool(diagnosis.of("TN103")) == ill
-    assert sum(model.seen) <= (9 if ill else 4) * sum(len(x) for x, _ in data)
+    assert 0 < sum(model.seen) <= (9 if ill else 4) * sum(len(x) for x, _ in data)
 
 
 def test_batches_that_cannot_be_joined_are_passed_one_by_one():

@@ -35,6 +35,7 @@ class Found:
     cause: str
     evidence: dict[str, Any] = field(default_factory=dict)
     fix: Callable[[], Any] | None = None
+    advice: str | None = None  # where the check's own does not serve
 
 
 class NotApplicable(Exception):
@@ -354,7 +355,7 @@ def wrong_mode(facts: Facts) -> Iterator[Found]:
     norms = _batch_norms(facts)
     if not facts.trains:
         for norm in norms:
-            if norm.module.training and not norm.fixed and norm.module is not facts.model:
+            if norm.module.training and not norm.fixed and norm.module is not facts.inner:
                 cause = "the model is in eval mode, this layer normalizes by the batch and moves"
                 yield Found(norm.name, "error", cause, {"training": True}, norm.module.eval)
         return

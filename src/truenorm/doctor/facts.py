@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm import calling
+from truenorm.borrowing import to_eval, unwrapped
 from truenorm.errors import InputError
 from truenorm.flow import Flow, flow_of
 from truenorm.functional import Moments, moments, valid, wide
@@ -177,6 +175,11 @@ class Facts:
         return [norm for norm in self.norms.values() if norm.is_batch]
 
     @property
+    def inner(self) -> nn.Module:
+        """The module itself, without wrappers: this is what is called."""
+        return unwrapped(self.model)
+
+    @property
     def untrained(self) -> bool:
         """Whether the model looks as its constructor left it: all statistics, gammas and betas."""
         tracking = [norm for norm in self.batch_norms if norm.tracked is not None]
@@ -185,9 +188,9 @@ class Facts:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is in train mode: a wrapper put around an evaluating one is not."""
+        """Whether the model is in train mode, whatever a wrapper around it says."""
         parts = [m for m in self.model.modules() if not any(m.children())]
-        return self.model.training and any(part.training for part in parts)
+        return self.inner.training and any(part.training for part in parts)
 
     def moves(self, norm: NormFacts) -> bool:
         """Whether training moves the statistics of ``norm``: it is frozen in no way."""
@@ -216,47 +219,6 @@ class Facts:
         return result
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give everything back after the body, also if it fails: buffers, modes and random numbers.
-
-    Parameters and gradients are not written by forwards; they are compared and given back, too.
-    """
-    held = [
-        (module, store, name, tensor, None if tensor is None else tensor.detach().clone())
-        for module in model.modules()
-        for store in (module._parameters, module._buffers)
-        for name, tensor in store.items()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    ours = [(m, list(m._pending), m._told) for m in model.modules() if isinstance(m, BatchNorm)]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what loaders use
-    try:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for module, mode in modes:
-            module.training = mode
-        for _, store, name, tensor, bits in held:
-            if store.get(name) is not tensor:
-                store[name] = tensor  # type: ignore[assignment]
-            if tensor is not None and bits is not None and not _same_bits(tensor, bits):
-                tensor.data.copy_(bits)
-        for layer, pending, told in ours:
-            layer._pending, layer._told = pending, told
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or nn.parameter.is_lazy(a):
-        return True
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
 def gather(
     model: nn.Module,
     data: Iterable[Any] | None,
@@ -266,7 +228,7 @@ def gather(
     device: torch.device | str | None,
     arguments: calling.Arguments | None,
 ) -> Facts:
-    """Collect the facts; the caller restores the model (see :func:`as_it_was`).
+    """Collect the facts; the caller has borrowed the model and gives it back.
 
     Raises:
         InputError: the model has no normalization, or data have no batch.
@@ -278,15 +240,9 @@ def gather(
     facts.batches, facts.last = _taken(data)
     if not facts.batches:
         raise InputError("data has no batch; give an iterable of at least one.")
-    facts.call = calling.Call(model, device=device, arguments=arguments)
+    facts.call = calling.Call(facts.inner, device=device, arguments=arguments)
     facts.loss, facts.arguments = loss, arguments
     return facts
-
-
-def evaluate(model: nn.Module) -> None:
-    """Eval mode, module by module: a model's own ``eval()`` may do more than that."""
-    for module in model.modules():
-        module.training = False
 
 
 def _taken(data: Iterable[Any]) -> tuple[list[Any], int | None]:
@@ -325,7 +281,7 @@ def observe(facts: Facts) -> None:
     """Let the batches pass in evaluation: fills ``flow`` and what each norm was seen to get."""
     model, call = facts.model, facts.call
     assert call is not None
-    evaluate(model)
+    to_eval(model)
     first = facts.batches[0]
     facts.flow = flow_of(model, lambda: call(first)[0])
     place = {"batch": 0}

@@ -256,7 +256,7 @@ def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
     assert facts.call is not None
     layers: Any = [norm.module for norm in norms]
     calls = [facts.call.prepare(batch) for batch in batches]
-    call = Call(facts.model, device=facts.call.device, arguments=lambda b: (b.args, b.kwargs))
+    call = Call(facts.inner, device=facts.call.device, arguments=lambda b: (b.args, b.kwargs))
     # A norm without statistics mixes what is joined.
     apart = any(norm.tracked is None for norm in facts.batch_norms)
     joined = None if apart else _joined(calls)
@@ -364,9 +364,11 @@ def _harm(study: _Study, held: Outcome, exact: Outcome) -> _Harm | None:
         drop = exact.accuracy - held.accuracy
         evidence["accuracy with running statistics"] = held.accuracy
         evidence["accuracy with exact statistics"] = exact.accuracy
-    if known and not now - best <= GAP_SHARE * abs(best) + GAP_LEAST:  # type: ignore[operator]
-        severe = not now - best <= GAP_SEVERE or drop > ACCURACY_SEVERE  # type: ignore[operator]
-        return _Harm(True, "error" if severe else "warning", evidence)
+    if now is not None and best is not None:
+        gap = now - best
+        if not gap <= GAP_SHARE * abs(best) + GAP_LEAST:  # so that NaN is one
+            severe = not gap <= GAP_SEVERE or drop > ACCURACY_SEVERE
+            return _Harm(True, "error" if severe else "warning", evidence)
     distance = _distance(held.answers, exact.answers)
     if distance is None:
         if known:

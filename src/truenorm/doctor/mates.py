@@ -14,8 +14,8 @@ from truenorm.doctor.checks import Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.functional import moments, wide
 
-# Answers of a half batch that differ by more of their size than any change of kernel explains:
-# in float32 sums of thousands of terms in another order; in shorter types 16 units of the last place.
+# Answers of a half batch that differ by more of their size than any change of kernel explains: in
+# float32 sums of thousands of terms in another order; in shorter types 16 units in the last place.
 MATES, MATES_EPS = 1e-3, 16
 # Padding that makes up a twentieth of the positions and moves a channel's mean by a quarter of a
 # standard deviation, or its variance by half.
