@@ -152,6 +152,35 @@ def test_layers_are_looked_at_by_suspicion_and_it_is_said():
     assert "2 of 8 batches, 8 of 12 layers" in found.evidence["measured on"]
 
 
+def test_the_cause_tells_of_the_channel_where_only_one_is_off():
+    model = trained("mlp")
+    norm = patients.norms(model)[0]
+    channel = int(norm.weight.abs().argmax())
+    norm.running_var[channel] /= 3000
+    (found,) = tn.examine(model, batches("mlp")).of("TN103")
+    assert f"x too small in channel {channel}" in found.cause
+
+
+def test_layers_with_too_few_values_keep_theirs_and_are_counted():
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Sigmoid())
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            y = self.body(x)
+            return self.head(y * self.gate(y))
+
+    torch.manual_seed(0)
+    model = patients.train(Squeezed(), "convnet")
+    model.body[1].running_var.div_(200)
+    (found,) = tn.examine(model, batches("convnet", 4, size=12)).of("TN103")
+    assert found.layer == "body.1"
+    assert found.evidence["layers left out for too few values"] == 1
+
+
 # -- what must not crash ---------------------------------------------------------------------------
 
 
@@ -224,6 +253,28 @@ def test_a_constant_answer_has_no_gap():
 def test_a_model_that_draws_in_evaluation_is_compared_with_the_same_draws():
     noisy = Answering(lambda y: y + 30 * torch.randn_like(y))
     assert passed(tn.examine(noisy, batches("mlp")))
+
+
+def test_a_layer_that_has_no_shape_yet_is_not_looked_at():
+    model = Answering(lambda y: y)
+    model.spare = nn.LazyBatchNorm1d()  # never called
+    for data in (None, batches("mlp")):
+        assert tn.examine(model, data).healthy
+    assert model.spare.has_uninitialized_params()
+
+
+def test_a_lazy_model_is_examined_and_lazy_again():
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+    assert tn.examine(model, batches("mlp")).healthy
+    assert [type(m) for m in model[:2]] == [nn.LazyLinear, nn.LazyBatchNorm1d]
+
+
+def test_large_answers_are_compared_in_part(monkeypatch):
+    monkeypatch.setattr("truenorm.doctor.facts.MOST_ANSWERS", 40)
+    wide = Answering(lambda y: y.repeat(1, 50))
+    data = [x for x, _ in batches("mlp")]
+    assert passed(tn.examine(wide, data))
+    assert tn.examine(shifted(wide), data).of("TN103")
 
 
 # -- cost ------------------------------------------------------------------------------------------

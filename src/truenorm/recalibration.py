@@ -246,7 +246,9 @@ def _moving(settled: _Settled) -> str:
 
 def chosen(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of ``model`` that :func:`recalibrate` would give new statistics."""
-    return list(_chosen(model)[0])
+    learns = any(p.requires_grad for p in model.parameters())
+    named = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    return [m for m in named if not _why_left(m, training=model.training, learns=learns)]
 
 
 @torch.no_grad()

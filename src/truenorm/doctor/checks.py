@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from truenorm import calling
 from truenorm.conversion import convert
@@ -291,6 +292,8 @@ def copies_differ(facts: Facts) -> Iterator[Found]:
     groups: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for name, module in facts.model.named_modules():
         if not any(isinstance(m, _BatchNorm) for m in module.modules()) or not name:
+            continue
+        if any(is_lazy(tensor) for tensor in module.state_dict().values()):
             continue
         shapes = tuple((k, tuple(v.shape)) for k, v in module.state_dict().items())
         if sum(p.numel() for p in module.parameters()) and not isinstance(module, _BatchNorm):

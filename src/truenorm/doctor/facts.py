@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from truenorm import calling
 from truenorm.borrowing import to_eval, unwrapped
@@ -20,6 +21,7 @@ from truenorm.functional import Moments, moments, valid, wide
 from truenorm.layers import BatchNorm
 from truenorm.norms import NORMS
 
+MOST_ANSWERS = 2**20  # numbers of a batch's answers that are kept to be compared
 MOST_BATCHES = 32  # enough for every threshold here; a loader of any length may be given
 
 
@@ -124,7 +126,7 @@ class Outcome:
             self.right += accuracy * examples
             self.judged += examples
         answers = calling.answers_of(output, examples)
-        self.answers.append(None if answers is None else answers.detach())
+        self.answers.append(None if answers is None else _sampled(answers.detach()))
 
     @property
     def loss(self) -> float | None:
@@ -219,6 +221,17 @@ class Facts:
         return result
 
 
+def _sampled(answers: Tensor) -> Tensor:
+    """Some of the numbers of each example, evenly spread, where there are very many."""
+    step = -(-answers.numel() // MOST_ANSWERS)
+    return answers.flatten(1)[:, ::step].clone() if step > 1 and answers.ndim > 1 else answers
+
+
+def _shapeless(module: nn.Module) -> bool:
+    """Whether it is lazy and no forward has given it its shape: there is nothing to look at."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
 def gather(
     model: nn.Module,
     data: Iterable[Any] | None,
@@ -236,6 +249,7 @@ def gather(
     norms = {n: NormFacts(n, m) for n, m in model.named_modules() if isinstance(m, NORMS)}
     facts = Facts(model, norms, optimizer)
     if data is None:
+        facts.norms = {n: norm for n, norm in norms.items() if not _shapeless(norm.module)}
         return facts
     facts.batches, facts.last = _taken(data)
     if not facts.batches:
@@ -283,6 +297,9 @@ def observe(facts: Facts) -> None:
     assert call is not None
     to_eval(model)
     first = facts.batches[0]
+    if any(map(_shapeless, model.modules())):
+        with torch.no_grad():
+            call(first)
     facts.flow = flow_of(model, lambda: call(first)[0])
     place = {"batch": 0}
     calls: dict[str, int] = {}
@@ -309,6 +326,7 @@ def observe(facts: Facts) -> None:
     finally:
         for handle in handles:
             handle.remove()
+    facts.norms = {n: norm for n, norm in facts.norms.items() if not _shapeless(norm.module)}
 
 
 def _seen(x: Tensor, mask: Any, batch: int, call: int, examples: int) -> Seen:

@@ -29,6 +29,8 @@ ACCURACY_SEVERE = 0.05
 OUTPUT_GAP, OUTPUT_NOISE = 0.5, 2.0
 # Variances ten times off are wrong, whatever the loss: data of another kind change them by 2 to 3.
 WRONG_RATIO = 10.0
+# What the cause tells of: the variance from half as much again, else the mean, or one channel.
+TOLD_RATIO, TOLD_SHIFT = 1.5, 0.5
 # Values per channel in half of the data. A mean of 32 is off by 0.18 standard deviations, a
 # standard deviation by an eighth.
 LEAST_VALUES = 32
@@ -88,10 +90,17 @@ class _Study:
 
     def variance_ratio(self, norm: NormFacts) -> float:
         """The median channel's exact variance over the one that is held; eps added to both."""
-        held = self.held[norm][1].double() + norm.eps
-        return float(
-            torch.stack([(v + norm.eps) / held for v in self._of(norm, 1)]).mean(0).median()
-        )
+        return float(self._ratios(norm).median())
+
+    def worst_ratio(self, norm: NormFacts) -> tuple[int, float]:
+        """The channel whose variance is off most, and its ratio."""
+        ratios = self._ratios(norm)
+        channel = int(ratios.log().abs().argmax())
+        return channel, float(ratios[channel])
+
+    def _ratios(self, norm: NormFacts) -> Tensor:
+        held = (self.held[norm][1].double() + norm.eps).clamp(min=1e-30)
+        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps) / held
 
     def shift(self, norm: NormFacts) -> float:
         """The worst channel's distance of means, in exact standard deviations."""
@@ -102,10 +111,8 @@ class _Study:
     def suspicion(self, norm: NormFacts) -> float:
         """How far its statistics are off, over all channels: shifts and logarithms of ratios."""
         mean, var = (torch.stack(self._of(norm, i)).mean(0) for i in (0, 1))
-        held_mean, held_var = (t.double() for t in self.held[norm])
-        ratio = ((var + norm.eps) / (held_var + norm.eps).clamp(min=1e-30)).log()
-        shift = (mean - held_mean) / (var + norm.eps).sqrt()
-        return float((shift.square() + ratio.square()).mean())
+        shift = (mean - self.held[norm][0].double()) / (var + norm.eps).sqrt()
+        return float((shift.square() + self._ratios(norm).log().square()).mean())
 
     def _of(self, norm: NormFacts, which: int) -> list[Tensor]:
         return [half.exact[norm][which].double() for half in self.halves]
@@ -461,9 +468,14 @@ def _told_shares(study: _Study, shares: _Shares) -> dict[str, Any]:
 
 
 def _told(study: _Study, norm: NormFacts) -> str:
-    ratio = study.variance_ratio(norm)
-    if ratio > 1.5:
-        return f"running variance is {ratio:.1f}x too small"
-    if ratio < 1 / 1.5:
-        return f"running variance is {1 / ratio:.1f}x too large"
-    return f"running mean is off by {study.shift(norm):.1f} standard deviations"
+    ratio, shift = study.variance_ratio(norm), study.shift(norm)
+    if max(ratio, 1 / ratio) > TOLD_RATIO:
+        return f"running variance is {_times(ratio)}"
+    channel, ratio = study.worst_ratio(norm)
+    if shift < TOLD_SHIFT and max(ratio, 1 / ratio) > TOLD_RATIO:
+        return f"running variance is {_times(ratio)} in channel {channel}"
+    return f"running mean is off by {shift:.1f} standard deviations"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x too small" if ratio > 1 else f"{1 / ratio:.1f}x too large"
