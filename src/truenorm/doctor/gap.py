@@ -36,9 +36,11 @@ TOLD_RATIO, TOLD_SHIFT = 1.5, 0.5
 LEAST_VALUES = 32
 # What one forward may join; 128 MB in float32.
 MOST_JOINED = 2**25
-# To share the gap out: batches (one of each half), and layers that are looked at one by one.
-MOST_SHARED, MOST_SUSPECTS = 2, 8
+# To share the gap out: layers that are looked at one by one, and those that the finding tells of.
+MOST_SUSPECTS, MOST_TOLD = 8, 3
 LEADS = 0.5  # of the gap, mended by one layer alone
+FAIR = 0.5  # of the gap; batches that show less are not typical, and all are taken
+LIKE_BEST = 0.8  # of the largest share; less is another
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -59,19 +61,14 @@ class _Study:
     halves: tuple[_Half, _Half]
     held: dict[NormFacts, Statistics]
 
-    def judged(self, mended: Collection[NormFacts], *, most: int | None = None) -> Outcome:
-        """The data with exact statistics in ``mended``, held ones in the others.
-
-        Args:
-            mended: layers.
-            most: batches of each half to judge; None for all.
-        """
+    def judged(self, mended: Collection[NormFacts]) -> Outcome:
+        """The data with exact statistics in ``mended``, held ones in the others."""
         whole = Outcome()
         try:
             for half in self.halves:
                 for norm in self.norms:
                     _put(norm, half.exact[norm] if norm in mended else self.held[norm])
-                part = self.facts.outcome(half.parts[:most])
+                part = self.facts.outcome(half.parts)
                 whole.losses += part.losses
                 whole.weights += part.weights
                 whole.right += part.right
@@ -87,6 +84,20 @@ class _Study:
         one, other = self.halves
         halves = (_Half(one.parts, other.exact), _Half(other.parts, one.exact))
         return _Study(self.facts, self.norms, halves, self.held)
+
+    def typical(self, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Study:
+        """The same with one batch of each half: the one whose gap is nearest to the mean gap.
+
+        Not the largest: that of a batch with few hard examples, which any change makes easier.
+        """
+        gaps, halves, begun = _gaps(held, exact, by_loss=by_loss), [], 0
+        mean = sum(gaps) / len(gaps)
+        away = [0.0 if math.isinf(gap) else abs(gap - mean) for gap in gaps]
+        for half in self.halves:
+            here = away[begun : begun + len(half.parts)]
+            begun += len(half.parts)
+            halves.append(_Half([half.parts[here.index(min(here))]], half.exact))
+        return _Study(self.facts, self.norms, (halves[0], halves[1]), self.held)
 
     def variance_ratio(self, norm: NormFacts) -> float:
         """The median channel's exact variance over the one that is held; eps added to both."""
@@ -122,15 +133,19 @@ class _Study:
 class _Shares:
     """What part of the gap layers carry: mended alone, and one after another in their order."""
 
-    alone: dict[NormFacts, float]
+    alone: dict[NormFacts, float]  # those that are off most first
     cumulative: dict[NormFacts, float]
     measured: str
 
     def lead(self) -> tuple[NormFacts, float, bool]:
-        """The layer to name, its share, and whether it carries most of the gap by itself."""
-        alone = max(self.alone, key=lambda norm: self.alone[norm])
-        if self.alone[alone] >= LEADS:
-            return alone, self.alone[alone], True
+        """The layer to name, its share, and whether it carries most of the gap by itself.
+
+        Of layers that mend about as much, that whose statistics are off most.
+        """
+        best = max(self.alone.values())
+        if best >= LEADS:
+            lead = next(norm for norm, share in self.alone.items() if share >= LIKE_BEST * best)
+            return lead, self.alone[lead], True
         worst = max(self.cumulative, key=lambda norm: self.cumulative[norm])
         return worst, self.cumulative[worst], False
 
@@ -146,7 +161,7 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     harm = _harm(study, held, exact)
     if harm is None:
         return
-    shares = _shared(study, by_loss=harm.by_loss)
+    shares = _shared(study, held, exact, by_loss=harm.by_loss)
     lead, share, alone = shares.lead()
     severity = harm.severity
     ratio = study.variance_ratio(lead)
@@ -351,10 +366,28 @@ class _Harm(NamedTuple):
 
 
 def _in_order_of(study: _Study, outcome: Outcome) -> Outcome:
-    """The outcome of batches 0, 1, ... with its answers in the order of the halves."""
+    """The outcome of batches 0, 1, ... in the order of the halves."""
     order = [number for half in study.halves for number, _ in half.parts]
-    answers = [outcome.answers[number] for number in order]
-    return Outcome(outcome.losses, outcome.weights, outcome.right, outcome.judged, answers)
+    told = Outcome(right=outcome.right, judged=outcome.judged)
+    told.answers = [outcome.answers[number] for number in order]
+    told.losses, told.weights = outcome.losses, outcome.weights
+    if len(outcome.losses) == len(order):
+        told.losses = [outcome.losses[number] for number in order]
+        told.weights = [outcome.weights[number] for number in order]
+    return told
+
+
+def _gaps(held: Outcome, exact: Outcome, *, by_loss: bool) -> list[float]:
+    """What each batch contributes to the harm; the same for all where that is not known."""
+    batches = len(held.answers)
+    gaps: list[float] = []
+    if by_loss and len(held.losses) == len(exact.losses) == batches:
+        gaps = [a - b for a, b in zip(held.losses, exact.losses, strict=True)]
+    elif not by_loss:
+        pairs = zip(held.answers, exact.answers, strict=True)
+        gaps = [_distance([a], [b]) or 0.0 for a, b in pairs]
+    gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
+    return gaps or [0.0] * batches
 
 
 def _harm(study: _Study, held: Outcome, exact: Outcome) -> _Harm | None:
@@ -411,57 +444,79 @@ def _distance(answers: Sequence[Tensor | None], exact: Sequence[Tensor | None]) 
 # -- whose it is ----------------------------------------------------------------------------------
 
 
-def _shared(study: _Study, *, by_loss: bool) -> _Shares:
+def _shared(study: _Study, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Shares:
     """Share the gap out to the layers whose statistics are off most."""
-    norms = study.norms
-    for most in (MOST_SHARED // 2, None):  # all of the data, if the first batches show no gap
-        exact = study.judged(norms, most=most)
-
-        def harm(
-            mended: Collection[NormFacts], most: int | None = most, exact: Outcome = exact
-        ) -> float:
-            outcome = study.judged(mended, most=most)
-            loss = outcome.loss if by_loss else _distance(outcome.answers, exact.answers)
-            return math.inf if loss is None or not math.isfinite(loss) else loss
-
-        now, least = harm(()), (exact.loss or 0.0) if by_loss else 0.0
-        gap = now - least
-        if gap > 0:
-            break
-    suspects = sorted(norms, key=study.suspicion, reverse=True)[:MOST_SUSPECTS]
-    alone = {n: _part(now, harm({n}), gap) for n in suspects}
-    cumulative, mended, before = {}, set[NormFacts](), now
-    for norm in (n for n in norms if n in alone):
+    trial = _Trial.of(study.typical(held, exact, by_loss=by_loss), by_loss=by_loss)
+    most, judged, total = MOST_SUSPECTS, 2, sum(len(half.parts) for half in study.halves)
+    if trial.gap < FAIR * _Trial(study, held, exact, by_loss).gap:
+        trial, most, judged = _Trial(study, held, exact, by_loss), MOST_TOLD, total
+    suspects = sorted(study.norms, key=study.suspicion, reverse=True)[:most]
+    alone = {n: trial.part(trial.now, trial.harm({n})) for n in suspects}
+    ranked = sorted(suspects, key=lambda norm: alone[norm], reverse=True)
+    if alone[ranked[0]] >= LEADS:  # then of three layers is enough told
+        ranked = ranked[:MOST_TOLD]
+    cumulative, mended, before = {}, set[NormFacts](), trial.now
+    for norm in (n for n in study.norms if n in ranked):
         mended.add(norm)
-        after = least if len(mended) == len(norms) else harm(mended)
-        cumulative[norm] = _part(before, after, gap)
+        after = trial.least if len(mended) == len(study.norms) else trial.harm(mended)
+        cumulative[norm] = trial.part(before, after)
         before = after
-    judged = sum(len(half.parts[:most]) for half in study.halves)
-    total = sum(len(half.parts) for half in study.halves)
-    measured = (
-        f"{judged} of {total} batches" if len(study.facts.batches) > 1 else "halves of one batch"
-    )
-    if len(suspects) < len(norms):
-        measured += f", {len(suspects)} of {len(norms)} layers, whose statistics are off most"
+    measured = f"{judged} of {total} batches"
+    if len(study.facts.batches) == 1:
+        measured = "halves of one batch"
+    if len(suspects) < len(study.norms):
+        layers = f"{len(suspects)} of {len(study.norms)} layers"
+        measured += f", {layers}, whose statistics are off most"
     return _Shares(alone, cumulative, measured)
 
 
-def _part(before: float, after: float, gap: float) -> float:
-    """What part of ``gap`` a change from ``before`` to ``after`` takes off."""
-    if math.isinf(before):  # a loss that is not finite: all of it, or nothing
-        return 0.0 if math.isinf(after) else 1.0
-    if math.isinf(after):
-        return -1.0
-    return (before - after) / gap if gap > 0 and math.isfinite(gap) else 0.0
+@dataclass
+class _Trial:
+    """The harm done by some statistics, between that of held and that of exact ones."""
+
+    study: _Study
+    held: Outcome
+    exact: Outcome
+    by_loss: bool
+
+    @classmethod
+    def of(cls, study: _Study, *, by_loss: bool) -> _Trial:
+        return cls(study, study.judged(()), study.judged(study.norms), by_loss)
+
+    def harm(self, mended: Collection[NormFacts]) -> float:
+        return self._of(self.study.judged(mended))
+
+    def _of(self, outcome: Outcome) -> float:
+        distance = None if self.by_loss else _distance(outcome.answers, self.exact.answers)
+        harm = outcome.loss if self.by_loss else distance
+        return math.inf if harm is None or not math.isfinite(harm) else harm
+
+    @property
+    def now(self) -> float:
+        return self._of(self.held)
+
+    @property
+    def least(self) -> float:
+        return self._of(self.exact)
+
+    @property
+    def gap(self) -> float:
+        return self.now - self.least
+
+    def part(self, before: float, after: float) -> float:
+        """What part of the gap a change from ``before`` to ``after`` takes off."""
+        if math.isinf(before):  # a loss that is not finite: all of it, or nothing
+            return 0.0 if math.isinf(after) else 1.0
+        if math.isinf(after):
+            return -1.0
+        return (before - after) / self.gap if self.gap > 0 and math.isfinite(self.gap) else 0.0
 
 
 def _told_shares(study: _Study, shares: _Shares) -> dict[str, Any]:
     """The three largest shares, alone, and cumulative in the order of the forward."""
     told: dict[str, Any] = {}
-    ranked = sorted(
-        shares.alone, key=lambda norm: -max(shares.alone[norm], shares.cumulative[norm])
-    )
-    for norm in ranked[:3]:
+    told_of = sorted(shares.cumulative, key=lambda n: -max(shares.alone[n], shares.cumulative[n]))
+    for norm in told_of[:MOST_TOLD]:
         told[f"share of {norm.name or '(model)'} alone"] = shares.alone[norm]
         told[f"share of {norm.name or '(model)'} in turn"] = shares.cumulative[norm]
     return told
