@@ -111,7 +111,7 @@ class _Study:
 
     def _ratios(self, norm: NormFacts) -> Tensor:
         held = (self.held[norm][1].double() + norm.eps).clamp(min=1e-30)
-        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps) / held
+        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).clamp(min=1e-30) / held
 
     def shift(self, norm: NormFacts) -> float:
         """The worst channel's distance of means, in exact standard deviations."""
