@@ -566,20 +566,21 @@ class Ledger:
         if not forward.grad:  # else nothing in it needed a gradient
             self._tally(forward, "no gradients")
 
-    def _settle(self) -> None:
-        self._write_down()
+    def _settle_bare(self) -> None:
         while self._bare:
             self._tally_bare(self._bare.popleft())
+
+    def _settle(self) -> None:
+        self._write_down()
+        self._settle_bare()
         self._sort_out()
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._swift_open and optimizer is self._last_optimizer and not self.depth:
-            self._swift_open = self._fresh = False
+            self._swift_open = False
             self._swift += 1
             self._plain += 1
-            self._book.steps += 1
-            if not (self._book.model.training and self._inner.training):
-                self._book.resting_steps += 1
+            self._count_step()
             return
         self._write_down()
         held = self._parameters_of(optimizer)
@@ -589,28 +590,34 @@ class Ledger:
             self.depth = 0
             self.end()
         if self._counts(optimizer):
-            self._book.steps += 1
-            self._fresh = False
-            if not (self._book.model.training and self._inner.training):
-                self._book.resting_steps += 1
-        while self._bare:
-            self._tally_bare(self._bare.popleft())
-        released = 0
-        if self._pending:
-            for forward in [f for f in self._pending if self._surely_stepped(f)]:
-                self._pending.remove(forward)
-                self._tally(forward, "stepped")
-                released += 1
-        for gradient in self._gradients.values():
-            if gradient.held and (id(gradient.parameter) in held or not self._owned(gradient)):
-                released += len(gradient.held)
-                self._release(gradient, "stepped")
+            self._count_step()
+        self._settle_bare()
+        released = self._step_with(held)
         if released == 1 and not self._second:
             self._plain += 1
         elif self._plain and (released or self._open):
             self._not_plain()
         self._open = self._second = False
         self._last_optimizer = optimizer
+
+    def _count_step(self) -> None:
+        self._fresh = False
+        self._book.steps += 1
+        if not (self._book.model.training and self._inner.training):
+            self._book.resting_steps += 1
+
+    def _step_with(self, held: frozenset[int]) -> int:
+        """A step of the parameters ``held`` was made: with how many forwards."""
+        sure = [f for f in self._pending if self._surely_stepped(f)]
+        for forward in sure:
+            self._pending.remove(forward)
+            self._tally(forward, "stepped")
+        released = len(sure)
+        for gradient in self._gradients.values():
+            if gradient.held and (id(gradient.parameter) in held or not self._owned(gradient)):
+                released += len(gradient.held)
+                self._release(gradient, "stepped")
+        return released
 
     def _surely_stepped(self, forward: Forward) -> bool:
         """Whether a waiting forward needs no gradient seen to be one that was stepped with."""

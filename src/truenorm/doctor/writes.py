@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Forward:
     rested: Sequence[Layer] = ()
     gradient: Gradient | None = None
     mark: weakref.ref[Mark] | None = None
-    key: Hashable = None
+    key: tuple[Any, ...] = ()
 
     def __init__(self, step: int = 0, *, grad: bool = True, inside: bool = False) -> None:
         self.step, self.grad, self.inside = step, grad, inside
