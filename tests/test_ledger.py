@@ -7,9 +7,11 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import loops
 import patients
 import truenorm as tn
 from patients import batches, norms, trained
+from truenorm.doctor import ledger as ledgers
 
 KINDS = ("mlp", "convnet", "resnet", "transformer")
 
@@ -138,3 +140,24 @@ def test_a_ledger_can_be_judged_inside_its_block():
     with tn.watch(model) as ledger:
         model(batches("mlp")[0][0])
         assert ledger.diagnosis().layers == len(patients.norms(model))
+
+
+@pytest.fixture(params=[True, False], ids=["in detail", "from afar"])
+def detail(request, monkeypatch):
+    """A loop that has time for all details, and one that has none after the first window."""
+    monkeypatch.setattr(ledgers, "DETAIL_SHARE", 1e9 if request.param else 0.0)
+    return request.param
+
+
+@pytest.mark.parametrize("loop", loops.HEALTHY.values(), ids=loops.HEALTHY)
+def test_a_healthy_loop_raises_no_alarm(loop, detail):
+    diagnosis = loop().diagnosis()
+    assert diagnosis.healthy, str(diagnosis)
+
+
+@pytest.mark.parametrize(("code", "severity", "loop"), loops.FAULTY.values(), ids=loops.FAULTY)
+def test_a_fault_of_a_loop_is_found(code, severity, loop, detail):
+    diagnosis = loop().diagnosis()
+    assert severity in {finding.severity for finding in diagnosis.of(code)}, str(diagnosis)
+    others = {f.code for f in diagnosis.worse_than("warning")} - {code}
+    assert not others, str(diagnosis)
