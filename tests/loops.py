@@ -622,6 +622,8 @@ def train_forgotten_after_validation() -> tn.Ledger:
 @faulty("TN201", "warning")
 def training_in_eval_mode() -> tn.Ledger:
     model, optimizer = made()
+    for batch in data():
+        learn(model, optimizer, batch)
     model.eval()
     return trained(model, optimizer)
 

@@ -161,3 +161,13 @@ def test_a_fault_of_a_loop_is_found(code, severity, loop, detail):
     assert severity in {finding.severity for finding in diagnosis.of(code)}, str(diagnosis)
     others = {f.code for f in diagnosis.worse_than("warning")} - {code}
     assert not others, str(diagnosis)
+
+
+@pytest.mark.parametrize("loop", loops.HEALTHY.values(), ids=loops.HEALTHY)
+def test_calls_seen_from_afar_are_counted_as_those_seen_closely_are(loop, monkeypatch):
+    tables = []
+    for share in (1e9, 0.0):
+        monkeypatch.setattr(ledgers, "DETAIL_SHARE", share)
+        head, *lines = loop().table().splitlines()
+        tables.append([head.split(";")[0], *lines])
+    assert tables[0] == tables[1]

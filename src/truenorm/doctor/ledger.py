@@ -227,7 +227,9 @@ class Ledger:
             self._sort_out()
         self._forward = forward = Forward(self._book.steps, grad=grad, inside=self._open)
         forward.key = tuple(key)
-        forward.attacks = wanting and grad and any(map(_wants_gradient, tensors_in((args, kwargs))))
+        if wanting and grad:
+            forward.attacks = any(map(_wants_gradient, tensors_in((args, kwargs))))
+            forward.generated = not forward.attacks
         if self._detailed:
             forward.detailed = True
             forward.examples = examples_of((args, kwargs))
@@ -243,7 +245,6 @@ class Ledger:
         forward, self._forward = self._forward, self._none
         if forward is self._none:
             if self._as_foreseen():
-                self._swift_open = True
                 return
             forward = Forward(self._book.steps)
             forward.key, forward.checked = tuple(self._swift_key), True
@@ -310,14 +311,9 @@ class Ledger:
         surprises = False
         for layer in self._layers_in.get(self._outermost, ()):
             module = layer.module
-            if not module.training:
-                layer.rested += layer.usual
+            layer.pass_by(1, trained=module.training, grad=forward.grad)
+            if layer.usual and not module.training:
                 forward.rested = [*forward.rested, layer]
-            else:
-                layer.forwards += 1
-                layer.trained += layer.usual
-                layer.learning += forward.grad
-                layer.later += max(0, layer.usual - 1)
             writes, surprise = layer.written()
             surprises |= surprise
             for layer.call in range(writes):
@@ -538,7 +534,8 @@ class Ledger:
             return
         if gradient.held and gradient.fresh:
             # Without any optimizer in sight, parameters are moved by hand.
-            self._release(gradient, "discarded" if self._last_optimizer else "stepped")
+            by_hand = self._optimizer is self._last_optimizer is None
+            self._release(gradient, "stepped" if by_hand else "discarded")
         gradient.held += forwards
         gradient.passes += 1
         self._pending = [f for f in self._pending if f not in forwards]

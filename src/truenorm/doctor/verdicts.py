@@ -304,8 +304,14 @@ def in_turns(book: Book, facts: Facts) -> Iterator[Found]:
         raise NotApplicable(f"fewer than {FEWEST} forwards in train mode were recorded in detail")
     if found:
         turns, name = max(found, key=lambda row: row[0].size)
+        severity: Severity = "warning"
         cause = "batches of several distributions take turns: the moments swing with them"
-        yield Found(name, "warning", cause, turns.evidence | {"layers": len(found)})
+        if turns.generated:
+            severity, cause = "note", (
+                "a discriminator's real and generated batches differ: its running statistics fit "
+                "neither, which matters where it is used in eval mode"
+            )
+        yield Found(name, severity, cause, turns.evidence | {"layers": len(found)})
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,7 @@ class _Turns:
     parts: int
     shift: float  # standard deviations
     ratio: float  # of variances
+    generated: bool  # some of the parts were made by another network that learns, and some not
 
     @property
     def size(self) -> float:
@@ -346,7 +353,8 @@ def _turns(records: list[Record], *, steps: bool) -> _Turns | None:
             pooled = [_pooled(list(part), one=True) for part in zip(*blocks, strict=True)]
             differ, shift, ratio = calls_differ(pooled)
             if differ:
-                return _Turns(period, parts, shift, ratio)
+                made = len({record.generated for record in blocks[-1]}) > 1
+                return _Turns(period, parts, shift, ratio, made)
     return None
 
 

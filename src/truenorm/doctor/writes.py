@@ -32,6 +32,7 @@ class Forward:
         detailed: whether its calls are recorded in detail.
         checked: whether it is looked whether statistics are finite.
         attacks: whether an input that is no output of parameters wanted a gradient.
+        generated: whether an input that is one did, as what a generator made does.
         fate: what became of its gradient. "stepped": a step was made with it; "discarded": it was
             thrown away; "inputs only": no parameter got one; "unreached": no backward pass came.
         passes: backward passes behind the step that was made with it.
@@ -49,7 +50,7 @@ class Forward:
 
     # Defaults of the class: a forward sets few of them, and a small model has little time.
     examples = 0
-    detailed = checked = attacks = presumed = reached = fired = kept = linked = False
+    detailed = checked = attacks = generated = presumed = reached = fired = kept = linked = False
     fate: Fate = "pending"
     passes = 0
     rested: Sequence[Layer] = ()
@@ -154,6 +155,11 @@ class Record:
     def fate(self) -> Fate:
         """What became of the forward's gradient; see :class:`Forward`."""
         return self._within.fate
+
+    @property
+    def generated(self) -> bool:
+        """Whether its forward's input came from other parameters; see :class:`Forward`."""
+        return self._within.generated
 
     @property
     def passes(self) -> int:
@@ -377,16 +383,22 @@ class Layer:
             and (weight is not None and weight.requires_grad) is self.weight_learns
         )
 
-    def repeat(self, number: int, shape: tuple[int, int] | None) -> None:
-        """Count as many forwards as foreseen."""
-        calls, writes = self.usual * number, (self.usually or 0) * number
-        if not self.trains:
-            self.rested += calls
+    def pass_by(self, number: int, *, trained: bool, grad: bool) -> None:
+        """Count the calls of ``number`` forwards that were seen from afar."""
+        if not self.usual:
             return
         self.forwards += number
-        self.trained += calls
-        self.learning += number
-        self.later += max(0, calls - number)
+        if not trained:
+            self.rested += self.usual * number
+            return
+        self.trained += self.usual * number
+        self.learning += number * grad
+        self.later += (self.usual - 1) * number
+
+    def repeat(self, number: int, shape: tuple[int, int] | None) -> None:
+        """Count as many forwards as foreseen."""
+        writes = (self.usually or 0) * number
+        self.pass_by(number, trained=self.trains, grad=True)
         self.writes += writes
         if writes and shape is not None:
             self.shapes[shape] += number
