@@ -39,6 +39,7 @@ WINDOW, DETAIL_SHARE = 32, 0.005
 # of the time. Else only every so many are, and the step at which they ceased to be is bracketed.
 CHECK_SHARE = 0.003
 _MOST = 50_000_000  # nanoseconds that can be saved up: no burst of detail after an idle hour
+_LONG_WAY = 4  # looks at a layer that a forward costs in which layers are looked at, besides these
 _WAITING = 256  # forwards whose fate is open
 # Steps with one forward each, after which it is presumed that a forward is stepped with, and its
 # layers make the calls they made before, as long as counts and shapes bear it out. To look closely
@@ -135,7 +136,7 @@ class Ledger:
         self._plain, self._needed, self._second = 0, _PLAIN, False
         self._clock = 0  # when this window of forwards began
         self._left, self._detailed, self._saved, self._spent = WINDOW, True, 0, 0
-        self._every, self._dearest = 1, 0  # forwards from check to check; nanoseconds of one
+        self._every, self._dearest = 1, 0  # forwards from check to check; ns of a layer's
         self._close: list[Any] = []  # the norms' hooks; none while it is looked from afar
         self._layers_in: dict[nn.Module, list[Layer]] = {}
         # One forward a step, all alike: these are counted first and written down later.
@@ -273,7 +274,8 @@ class Ledger:
         gone, self._clock = now - self._clock, now
         self._saved = min(_MOST, self._saved + int(DETAIL_SHARE * gone) - self._spent)
         self._detailed, self._left, self._spent = self._saved >= 0, WINDOW - 1, 0
-        self._every = 1 + int(self._dearest * WINDOW / (CHECK_SHARE * gone + 1))
+        check = self._dearest * (len(self._book.layers) + _LONG_WAY)
+        self._every = 1 + int(check * WINDOW / (CHECK_SHARE * gone + 1))
         plain = self._plain >= self._needed and not self._open
         if self._detailed or not plain:
             self._look_closely()
