@@ -49,8 +49,7 @@ def resnet18() -> nn.Module:
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
     blocks = [
-        Block(before, after, 1 + (before != after))
-        for before, after in itertools.pairwise(widths)
+        Block(before, after, 1 + (before != after)) for before, after in itertools.pairwise(widths)
     ]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 

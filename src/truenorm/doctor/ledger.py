@@ -488,10 +488,16 @@ class Ledger:
         self, layer: Layer, module: Any, args: Any, out: Any, *, wrote: bool, backward: bool = False
     ) -> None:
         start = _now()
+        forward = self._forward
         x = args[0].detach() if args and isinstance(args[0], Tensor) else None
+        first, forward.recorded = not forward.recorded, True
         if wrote and not module.running_var.is_cpu:
             layer.look_for_bad(self._book.steps)
-        mean, var = _moments(layer, module, x, wrote=wrote)
+        tracked = layer.settled() if first and not module.training else None
+        if module.training:
+            mean, var = _moments(layer, module, x, wrote=wrote)
+        else:
+            mean, var = (None, None) if tracked is None else _of_input(x)
         known = x is not None and var is not None
         layer.detailed += 1
         layer.records.append(
@@ -501,15 +507,16 @@ class Ledger:
                 call=layer.call,
                 step=self._book.steps,
                 phase="train" if module.training else "eval",
-                grad=self._forward.grad,
+                grad=forward.grad,
                 backward=backward,
                 n=out.numel() // (module.num_features or 1),
                 wrote=wrote,
                 finite=layer.bad is None and not layer.broken,
                 mean=mean,
                 var=var,
-                worth=worth(x, var, self._forward.examples) if known else 0.0,  # type: ignore[arg-type]
-                _within=self._forward,
+                worth=worth(x, var, forward.examples) if known else 0.0,  # type: ignore[arg-type]
+                tracked=tracked,
+                _within=forward,
             )
         )
         self._spent += _now() - start
@@ -756,8 +763,6 @@ def _moments(
     layer: Layer, module: Any, x: Tensor | None, *, wrote: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mean and unbiased variance of a call in train mode, by its write or else by its input."""
-    if not module.training:
-        return None, None
     factor = module.momentum
     if wrote and factor is None and module.num_batches_tracked is not None:
         factor = 1 / max(1, int(module.num_batches_tracked))
@@ -767,6 +772,10 @@ def _moments(
         if before is not None:
             mean, var = before + (after - before) / factor
             return mean, var
+    return _of_input(x)
+
+
+def _of_input(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if x is None or x.ndim < 2 or x.numel() <= x.shape[1] or not x.is_floating_point():
         return None, None
     wide = x.float() if x.dtype.itemsize < 4 else x

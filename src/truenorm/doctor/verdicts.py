@@ -22,7 +22,7 @@ from truenorm.doctor.checks import (
     synced,
 )
 from truenorm.doctor.facts import Facts
-from truenorm.doctor.writes import Book, Layer, Record, Strays
+from truenorm.doctor.writes import RENEWED, Book, Layer, Record, Strays
 from truenorm.functional import Moments
 
 
@@ -42,7 +42,7 @@ def not_all_seen(unseen: list[str]) -> None:
     )
 
 
-# -- TN102, TN2xx -------------------------------------------------------------------------------
+# -- TN1xx, TN2xx -------------------------------------------------------------------------------
 
 
 def not_finite(book: Book, facts: Facts) -> Iterator[Found]:
@@ -58,8 +58,29 @@ def not_finite(book: Book, facts: Facts) -> Iterator[Found]:
         yield Found(layer.name, "error", "a batch that was not finite was written", evidence)
 
 
-# With momentum 0.1 the last 29 batches make up 95 % of the average.
-RENEWED = 0.95
+def evaluated_on_others(book: Book, facts: Facts) -> Iterator[Found]:
+    """TN103: what a model was evaluated on is not what its statistics were made of.
+
+    Only the first norm of a forward is judged: what the others get depends on it.
+    """
+    found = []
+    for layer in book.called:
+        rested = [r for r in layer.records if r.tracked is not None and r.mean is not None]
+        last = [r for r in rested if r.step == rested[-1].step]
+        if not last or last[0].tracked is None:
+            continue
+        mean, var = last[0].tracked.double().cpu()
+        given = _pooled(last, one=False)
+        differ, shift, ratio = calls_differ([given, Moments(mean[None], var[None], given.count)])
+        if differ:
+            cause = "the data it was evaluated on have other moments than those it was trained on"
+            evidence = {"shift in standard deviations": shift, "variances": ratio}
+            found.append(Found(layer.name, "warning", cause, evidence))
+    if not found:
+        raise NotApplicable("needs data")  # a part of the answer is no pass
+    yield from found
+
+
 # Strays before nearly every step are a part of the step.
 EVERY_STEP = 0.8
 # A forward in a hundred that goes nowhere, each by itself, is a loss that was skipped.
@@ -307,7 +328,8 @@ def in_turns(book: Book, facts: Facts) -> Iterator[Found]:
         severity: Severity = "warning"
         cause = "batches of several distributions take turns: the moments swing with them"
         if turns.generated:
-            severity, cause = "note", (
+            severity = "note"
+            cause = (
                 "a discriminator's real and generated batches differ: its running statistics fit "
                 "neither, which matters where it is used in eval mode"
             )
@@ -451,6 +473,7 @@ def _pooled(records: list[Record], *, one: bool) -> Moments:
 
 VERDICTS: dict[str, Callable[[Book, Facts], Iterator[Found]]] = {
     "TN102": not_finite,
+    "TN103": evaluated_on_others,
     "TN201": wrong_mode,
     "TN202": half_frozen,
     "TN203": stray,

@@ -17,6 +17,9 @@ from truenorm.layers import BatchNorm
 
 KEPT = 256  # detailed records kept for each layer; the counts are of all
 
+# Of an average, made by new batches: with momentum 0.1 the last 29 make up 95 % of it.
+RENEWED = 0.95
+
 Fate = Literal["pending", "stepped", "discarded", "inputs only", "unreached", "no gradients"]
 Stray = Literal["no gradients", "unreached", "discarded", "attack"]
 
@@ -30,6 +33,7 @@ class Forward:
         inside: whether a forward with gradients came before it in the same step.
         examples: length of the first axis of its first tensor, if it is recorded in detail.
         detailed: whether its calls are recorded in detail.
+        recorded: whether one has been.
         checked: whether it is looked whether statistics are finite.
         attacks: whether an input that is no output of parameters wanted a gradient.
         generated: whether an input that is one did, as what a generator made does.
@@ -50,7 +54,9 @@ class Forward:
 
     # Defaults of the class: a forward sets few of them, and a small model has little time.
     examples = 0
-    detailed = checked = attacks = generated = presumed = reached = fired = kept = linked = False
+    detailed = recorded = checked = attacks = generated = presumed = reached = fired = kept = (
+        linked
+    ) = False
     fate: Fate = "pending"
     passes = 0
     rested: Sequence[Layer] = ()
@@ -134,6 +140,8 @@ class Record:
             its input if it runs in train mode without a write; else None.
         worth: independent values per channel that the mean is worth, by how far the examples'
             means lie apart; positions of one map are not independent.
+        tracked: running mean and variance, (2, C), that a forward's first norm used in eval mode,
+            if training has made nearly all of them; the moments are then those of its input.
     """
 
     layer: str
@@ -149,6 +157,7 @@ class Record:
     mean: Tensor | None = None
     var: Tensor | None = None
     worth: float = 0.0
+    tracked: Tensor | None = None
     _within: Forward = field(default_factory=Forward, repr=False, compare=False)
 
     @property
@@ -439,6 +448,15 @@ class Layer:
         now = torch.stack((mean, var))
         self.kept = self.writes, mean._version, now
         return now
+
+    def settled(self) -> Tensor | None:
+        """The statistics as they are, (2, C), if few of their initial values are left."""
+        module, batches = self.module, self.now_counted()
+        if module.running_mean is None or not batches:
+            return None
+        if module.momentum is not None and (1 - min(module.momentum, 1)) ** batches > 1 - RENEWED:
+            return None
+        return torch.stack((module.running_mean, module.running_var))
 
     def before(self) -> Tensor | None:
         """The statistics before the last write, (2, C), if that before it was kept."""
