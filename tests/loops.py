@@ -667,6 +667,16 @@ def batch_statistics_in_evaluation() -> tn.Ledger:
     return trained(model, optimizer)
 
 
+@faulty("TN205", "warning")
+def predictions_in_train_mode() -> tn.Ledger:
+    model, optimizer = made()
+    for batch in data():
+        learn(model, optimizer, batch)
+    with tn.watch(model) as ledger:
+        validate(model)
+    return ledger
+
+
 @faulty("TN302", "warning")
 def a_tiny_last_batch() -> tn.Ledger:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))

@@ -236,6 +236,19 @@ def twice(book: Book, facts: Facts) -> Iterator[Found]:
             yield Found(layer.name, "warning", cause, evidence)
 
 
+def predicted_in_train_mode(book: Book, facts: Facts) -> Iterator[Found]:
+    """TN205: forwards without gradients in train mode, where nothing was trained."""
+    for layer in book.called:
+        strays = layer.strays.get("no gradients")
+        if book.steps or layer.stepped or strays is None:
+            continue
+        # Many in a row may be a recalibration; an average of another model has frozen weights.
+        doubtful = _renews(layer, strays.total) or not layer.learns
+        cause = "it ran in train mode without gradients, by the batch's own statistics"
+        severity: Severity = "note" if doubtful else "warning"
+        yield Found(layer.name, severity, cause, _evidence(layer, strays))
+
+
 # -- TN3xx --------------------------------------------------------------------------------------
 
 
@@ -478,6 +491,7 @@ VERDICTS: dict[str, Callable[[Book, Facts], Iterator[Found]]] = {
     "TN202": half_frozen,
     "TN203": stray,
     "TN204": twice,
+    "TN205": predicted_in_train_mode,
     "TN302": last_batch,
     "TN303": accumulated,
     "TN305": in_turns,
