@@ -20,6 +20,7 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/small_batch.py
+	$(BIN)/python bench/doctor.py
 
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py
