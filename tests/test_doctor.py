@@ -174,3 +174,23 @@ def test_the_fixture_examines_a_model(assert_healthy):
     patients.norms(model)[0].running_mean[0] = float("inf")
     with pytest.raises(AssertionError, match="TN102"):
         assert_healthy(model)
+
+
+@pytest.mark.parametrize("kind", patients.KINDS)
+def test_counts_of_batches_that_a_measurement_moves_are_seen_by_no_other_check(kind):
+    model = trained(kind)
+    for norm in patients.norms(model):
+        norm.num_batches_tracked.fill_(1000)
+    assert not tn.examine(model, batches(kind, 4)).of("TN104")
+
+
+def test_an_embedding_that_ends_in_a_norm_is_no_answer_normalized_over_the_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    patients.train(model, "mlp")
+    (finding,) = tn.examine(model, batches("mlp")).of("TN406")
+    assert finding.severity == "note"
+    scores = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.BatchNorm1d(3))
+    patients.train(scores, "mlp")
+    (finding,) = tn.examine(scores, batches("mlp")).of("TN406")
+    assert finding.severity == "warning"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
 from truenorm import calling
 
 Batch = Callable[[torch.Generator, int], Any]
@@ -390,6 +391,18 @@ def batches(name: str, count: int = 6, size: int | None = None, seed: int = 1) -
     """Batches of its task, as :func:`truenorm.examine` takes them."""
     entry, generator = ZOO[name], torch.Generator().manual_seed(seed)
     return [entry.batch(generator, size or entry.size) for _ in range(count)]
+
+
+# Labels that transformers' models take to return their loss, and can do without.
+_LABELS = {"labels", "target_values"}
+_NEED_LABELS = {"speecht5", "fastspeech2 conformer"}  # their decoders are fed with them
+
+
+def arguments_of(name: str) -> calling.Arguments | None:
+    """What keeps the labels from a forward that would return the loss as its first tensor."""
+    if ZOO[name].source != "transformers" or name in _NEED_LABELS:
+        return None
+    return lambda batch: {k: v for k, v in batch.items() if k not in _LABELS}
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
@@ -1642,3 +1655,11 @@ ZOO = {
     for entry in (*_TRANSFORMERS, *_MONAI, *_OWN)
 }
 NAMES = tuple(ZOO)
+
+# Some of every kind, quick to train: what the tests look at unless the whole zoo is asked for.
+FEW = (
+    "resnet", "regnet y", "mobilenet v1", "levit", "bert", "convnext", "wav2vec2 conformer",
+    "segresnet", "monai densenet", "vnet", "critic", "autoencoder", "torchvision resnet",
+    "mobilenet v3", "timm norms with activation", "pointnet", "byol", "projector", "table",
+    "transformer with batch norm",
+)  # fmt: skip

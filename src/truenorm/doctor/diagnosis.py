@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -253,10 +254,13 @@ def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
         return check, [], missing
     for module, mode in modes.items():
         module.training = mode
-    if check.evaluates:
-        evaluate(facts.model)
+    # What a check changes to measure, as the statistics, no later one may see.
+    held = as_it_was(facts.model) if check.evaluates else contextlib.nullcontext()
     try:
-        return check, list(check.look(facts)), None
+        with held:
+            if check.evaluates:
+                evaluate(facts.model)
+            return check, list(check.look(facts)), None
     except NotApplicable as why:
         return check, [], str(why)
     finally:
