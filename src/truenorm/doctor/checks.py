@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm import calling
 from truenorm.conversion import convert
-from truenorm.doctor.facts import Facts, NormFacts, values_per_channel
+from truenorm.doctor.facts import Facts, NormFacts, evaluate, values_per_channel
 from truenorm.flow import Call, Flow, Node
 from truenorm.functional import Moments, joined, moments, pool, wide
 from truenorm.layers import BatchNorm
@@ -790,6 +790,7 @@ def _scores(facts: Facts, shape: tuple[int, ...]) -> bool:
     """Whether the answer of this shape is compared with a target: scores of classes, or values."""
     assert facts.call is not None
     batch = facts.batches[0]
+    evaluate(facts.model)
     with torch.no_grad():
         output, target = facts.call(batch)
     out = calling.output_of(output)
