@@ -65,7 +65,11 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "CLASSES_SEEN": ("TN406",),
 }
 HOSTS = (*patients.KINDS, *zoo.NAMES)
-FIRST = set(HOSTS[::2]) | {"linear"}  # the half that thresholds were tried on
+# In turns, those of the patients first, so that both halves get as many of them.
+_ORDER = dict.fromkeys((*(plan.host for plan in faults.plans()), *HOSTS))
+FIRST = set(tuple(_ORDER)[::2])  # the half that thresholds are tried on
+# True in train mode: their batches leave 4 and 6 values where maps have shrunk to a point.
+FEW_IN_TRAINING = {"vnet": {"TN301"}, "mobilevit segmentation": {"TN301"}}
 
 
 @dataclass
@@ -109,8 +113,10 @@ def examined(case: faults.Case, plan: faults.Plan | None, *, data: bool) -> Exam
         facts = gather(case.model, case.batches if data else None, **given)
         if data:
             observe(facts)
-    excused = frozenset(test_zoo.EXPECTED.get(case.host, set()))
-    return Examined(case.host, plan, facts, excused)
+    excused = set(test_zoo.EXPECTED.get(case.host, ()))
+    if case.model.training:
+        excused |= FEW_IN_TRAINING.get(case.host, set())
+    return Examined(case.host, plan, facts, frozenset(excused))
 
 
 def ill() -> Iterator[Examined]:
@@ -207,7 +213,7 @@ def _half(one: Examined) -> str:
 def excuses() -> str:
     """What healthy ones have by design."""
     codes: dict[str, list[str]] = {}
-    for host, expected in test_zoo.EXPECTED.items():
+    for host, expected in (*test_zoo.EXPECTED.items(), *FEW_IN_TRAINING.items()):
         for code in sorted(expected):
             codes.setdefault(code, []).append(host)
     return "\n".join(f"- {code}: {', '.join(hosts)}" for code, hosts in sorted(codes.items()))
@@ -242,20 +248,25 @@ TEXT = """\
 
 Made by `{command}` (`bench/recall.py`) with {versions}, on one core.
 
-- **Healthy**: {hosts} architectures of transformers, monai and `tests/`, built small from their configurations, trained for
-  24 to 90 steps, and examined with four batches, in eval mode and in train mode with an optimizer: {well} examinations.
-- **Patients**: {faults} faults of {codes} codes, each planted in up to six of {sick_hosts} trained models: {number} patients.
-- **Found** is an error or warning of that code; for a fault of which the rule makes a note by intent, a note.
+- **Healthy**: {hosts} architectures of transformers, monai and `tests/`, built small from their
+  configurations, trained for 10 to 90 steps, their statistics settled, and examined with four
+  batches, in eval mode and in train mode with an optimizer: {well} examinations.
+- **Patients**: {faults} faults of {codes} codes, each planted in up to six of {sick_hosts} models:
+  {number} patients.
+- **Found** is an error or warning of that code; for a fault that the rule calls a note by intent,
+  a note.
 - **False alarm** is an error or warning of that code in a healthy examination.
 
-{found} of {number} were found, and {alarms} false alarms were raised in {well} examinations of healthy models.
+{found} of {number} were found, and {alarms} false alarms were raised in {well} examinations of
+healthy models.
 
-Architectures were split by turns. The second half was left alone while thresholds were tried.
+The architectures are split in two by turns. Thresholds are tried on the first half, at the end of
+this page; the second is examined with the doctor's own.
 
 {by_code}
 
-Of the ledger's codes (TN203, TN204, TN303) nothing is told here: they need a training that is watched, and have tests of their
-own.
+Of the ledger's codes (TN203, TN204, TN303) nothing is told here: they need a training that is
+watched, and have tests of their own.
 
 ## What is not found
 
@@ -263,18 +274,27 @@ own.
 
 ## What these numbers do not say
 
-- The faults were planted by those who wrote the checks. Faults in the field are of more kinds, and milder.
-- The models are small and were trained on made-up data for seconds. A norm of 8 channels is noisier than one of 512.
-- Patients of one host share its weights, and those of one fault its form: they are not {number} independent draws.
-- What is true of a published design is no false alarm, and such hosts are no patients of that code:
+- The second half is not unseen. The architectures, how long each trains, what is excused below and
+  one rule (CLASSES_SEEN, of TN406) were made with all of them in view, before they were split.
+- The faults were planted by those who wrote the checks, who knew the thresholds. Faults in the
+  field are of more kinds, and milder.
+- The models are small and were trained on made-up data for seconds. A norm of 8 channels is
+  noisier than one of 512. After training, some forwards and a count of 1000 more stand for the
+  long training that statistics usually have.
+- Patients of one host share its weights, and those of one fault its form: they are not {number}
+  independent draws.
+- transformers' models are called without their labels, by `arguments=`, and one (informer) is left
+  out: where a model returns its loss as the first tensor, TN304 fails with a TypeError.
+- What is true of a published design, or of the batches here, is no false alarm, and such hosts are
+  no patients of that code:
 
 {excuses}
 
 ## Each threshold times 1/4 to 4
 
-On the first half ({first} healthy architectures; the second has {second}): patients found, then false alarms. The column of 1
-is what the doctor uses; no threshold was changed for this table. Where a row is the same throughout, these patients and models
-say nothing about the threshold.
+On the first half ({first} healthy architectures; the second has {second}): patients found, then
+false alarms. The column of 1 is what the doctor uses; no threshold was changed for this table.
+Where a row is the same throughout, these patients and models say nothing about the threshold.
 
 {thresholds}
 """
