@@ -291,7 +291,7 @@ def copies_differ(facts: Facts) -> Iterator[Found]:
     for name, module in facts.model.named_modules():
         if not any(isinstance(m, _BatchNorm) for m in module.modules()) or not name:
             continue
-        shapes = tuple((k, tuple(v.shape)) for k, v in module.state_dict().items())
+        shapes = _shapes(module)
         if sum(p.numel() for p in module.parameters()) and not isinstance(module, _BatchNorm):
             groups.setdefault(shapes, []).append((name, module))
     pairs = [(a, b) for same in groups.values() for i, a in enumerate(same) for b in same[i + 1 :]]
@@ -384,12 +384,34 @@ def half_frozen(facts: Facts) -> Iterator[Found]:
 
         if norm.module.training:
             cause = "weight and bias are frozen, running statistics are buffers and still move"
-            yield Found(
-                norm.name, "error" if others else "warning", cause, {"training": True}, mend
-            )
+            severity: Severity = "error" if others else "warning"
+            if _follows(facts.model, norm.name):
+                cause, severity = "the target of a network that learns moves statistics", "note"
+            yield Found(norm.name, severity, cause, {"training": True}, mend)
         elif trains and others:
             cause = "it is frozen by eval(), which the next train() undoes"
             yield Found(norm.name, "note", cause, {"training": False}, mend)
+
+
+def _follows(model: nn.Module, name: str) -> bool:
+    """Whether a norm is in a part that is frozen whole beside a part of its kind that learns.
+
+    So a target network is, as BYOL's, which normalizes by its own batches by design. Members of a
+    list are layers that follow each other.
+    """
+    parts = {part: module for part, module in model.named_children() if not part.isdigit()}
+    target = parts.get(name.partition(".")[0])
+    if target is None or any(p.requires_grad for p in target.parameters()):
+        return False
+    return any(
+        _shapes(part) == _shapes(target) and any(p.requires_grad for p in part.parameters())
+        for part in parts.values()
+    )
+
+
+def _shapes(module: nn.Module) -> tuple[Any, ...]:
+    """Names and shapes of all that it holds."""
+    return tuple((k, tuple(v.shape)) for k, v in module.state_dict().items())
 
 
 def batch_statistics_at_inference(facts: Facts) -> Iterator[Found]:

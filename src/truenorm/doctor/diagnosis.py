@@ -205,8 +205,10 @@ def examine(
         arguments: makes the model's arguments of a batch.
 
     Raises:
-        InputError: data without a batch, or a batch the model cannot be called on.
+        InputError: data without a batch, a batch the model cannot be called on, or a model whose
+            tensors have no values yet: on the meta device, or lazy.
     """
+    _refuse_without_values(model)
     with as_it_was(model):
         facts = gather(
             model, data, optimizer=optimizer, loss=loss, device=device, arguments=arguments
@@ -224,6 +226,7 @@ def examined(
     judged: dict[str, Callable[[Facts], Iterator[Found]]],
 ) -> Diagnosis:
     """Examine without data, with checks of ``judged`` in the place of those of the same code."""
+    _refuse_without_values(model)
     with as_it_was(model):
         facts = gather(model, None, optimizer=optimizer, loss=None, device=None, arguments=None)
         modes = {m: m.training for m in model.modules()}
@@ -238,6 +241,14 @@ def examined(
                 seen = check, both, watched[2] if not both else None
             results.append(seen)
     return _diagnosis(results, len(facts.norms))
+
+
+def _refuse_without_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name} is lazy and has no values yet; call the model on a batch.")
+        if tensor.is_meta:
+            raise InputError(f"{name} is on the meta device and has no values; load them first.")
 
 
 _Result = tuple[Check, list[Found], str | None]
