@@ -275,7 +275,9 @@ watched, and have tests of their own.
 ## What these numbers do not say
 
 - The second half is not unseen. The architectures, how long each trains, what is excused below and
-  one rule (CLASSES_SEEN, of TN406) were made with all of them in view, before they were split.
+  three rules were made with all of them in view, after false alarms of either half: which answers
+  are scores (TN406, CLASSES_SEEN), target networks that move their statistics (TN202), and dropout
+  in untrained models (TN403). So the figures are of the doctor as mended, not of a first meeting.
 - The faults were planted by those who wrote the checks, who knew the thresholds. Faults in the
   field are of more kinds, and milder.
 - The models are small and were trained on made-up data for seconds. A norm of 8 channels is
