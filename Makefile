@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench recipes wheel clean
+.PHONY: train test lint zoo recall bench recipes wheel clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -15,6 +15,12 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+zoo: .venv/ready-dev
+	$(BIN)/python -m pytest -m "zoo or not zoo" tests/test_zoo.py tests/test_recall.py
+
+recall: .venv/ready-dev
+	$(BIN)/python bench/recall.py
 
 bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
