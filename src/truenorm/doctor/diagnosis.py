@@ -253,13 +253,18 @@ def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
         return check, [], missing
     for module, mode in modes.items():
         module.training = mode
+    held = []
     if check.evaluates:
         evaluate(facts.model)
+        # Recalibration sets the count of batches, too, which later checks read.
+        held = [(b, b.clone()) for n in facts.norms.values() for b in n.module.buffers(False)]
     try:
         return check, list(check.look(facts)), None
     except NotApplicable as why:
         return check, [], str(why)
     finally:
+        for buffer, bits in held:
+            buffer.copy_(bits)
         for module, mode in modes.items():
             module.training = mode
 
