@@ -97,13 +97,22 @@ def two_ranks(monkeypatch):
 # -- TN1xx ----------------------------------------------------------------------------------------
 
 
-def test_initial_statistics_are_an_error_in_a_trained_model_and_not_if_one_value_moved():
-    last = bn()
+@pytest.mark.parametrize("moved", ["running_mean", "running_var"])
+@pytest.mark.parametrize("norm", [bn(), ours()])
+def test_initial_statistics_are_an_error_in_a_trained_model_and_not_if_one_value_moved(norm, moved):
+    last = copy.deepcopy(norm)
     last.reset_running_stats()
     model = nn.Sequential(bn(), last).eval()
     assert found("TN101", model) == ERROR
-    last.running_mean[3] = 1e-8
+    getattr(last, moved)[3] += 1e-6
     assert found("TN101", model) == []
+
+
+def test_a_layer_frozen_by_option_may_keep_initial_statistics():
+    norm = ours(frozen=True)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1)
+    assert found("TN101", nn.Sequential(bn(), norm).eval()) == []
 
 
 def test_a_layer_with_initial_weight_and_bias_is_new_unless_it_counted_batches():
@@ -497,6 +506,16 @@ def test_dropout_before_a_norm_is_a_warning_if_the_variance_rises_by_a_quarter(p
     between = nn.Sequential(nn.Dropout(p), nn.Linear(5, 5), nn.LayerNorm(5), *net(bn())).eval()
     assert found("TN403", between, data) == []
     assert found("TN403", net(bn(), nn.Dropout(p)), data) == []
+
+
+def test_a_functional_dropout_is_measured_by_the_mode_of_its_module():
+    def forward(m, x):
+        return m.norm(nn.functional.dropout(m.linear(x), p=0.5, training=m.training))
+
+    model = Forward(forward, linear=nn.Linear(5, 8), norm=bn()).eval()
+    (finding,) = tn.examine(model, rows(256, 5)).of("TN403")
+    assert finding.severity == "warning"
+    assert finding.evidence["p"] == 0.5
 
 
 def test_dropout_before_a_frozen_norm_moves_no_statistics():
