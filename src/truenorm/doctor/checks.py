@@ -23,6 +23,7 @@ from truenorm.doctor.facts import Facts, NormFacts, values_per_channel
 from truenorm.flow import Call, Flow, Node
 from truenorm.functional import Moments, joined, moments, pool, wide
 from truenorm.layers import BatchNorm
+from truenorm.norms import RMSNorm
 
 Severity = Literal["error", "warning", "note"]
 Needs = Literal["model", "data", "optimizer", "ledger", "ranks"]
@@ -607,8 +608,9 @@ def dead_bias(facts: Facts) -> Iterator[Found]:
         before = modules.get(node.module)
         bias = getattr(before, "bias", None)
         if isinstance(bias, Tensor) and call.output is not None:
-            cause = f"the bias of {node.module} is subtracted again: {bias.numel()} dead weights"
-            yield Found(norm.name, "note", cause, {"bias": f"{node.module}.bias"})
+            cause = "the bias of the layer before is subtracted again: its weights are dead"
+            evidence = {"bias": f"{node.module}.bias", "dead weights": bias.numel()}
+            yield Found(norm.name, "note", cause, evidence)
 
 
 # Gamma shrinks by lr * weight_decay a step. Above 1e-4 it would halve in 7,000 steps, within a
@@ -777,10 +779,14 @@ def erased(facts: Facts) -> Iterator[Found]:
                 values = positions
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 values = math.prod(module.normalized_shape)
+            elif isinstance(module, RMSNorm):
+                values = channels * positions
             else:
                 continue
             if values == 1:
                 cause = "each statistic is of one value: the output is the bias, whatever comes in"
+                if isinstance(module, (nn.RMSNorm, RMSNorm)):  # it subtracts no mean
+                    cause = "each statistic is of one value: of the input its sign is left"
                 yield Found(norm.name, "error", cause, {"values per statistic": 1})
 
 
