@@ -332,6 +332,8 @@ def test_a_frozen_layer_whose_statistics_move_is_an_error_and_eval_does_not_last
     model.eval()
     assert found("TN202", model) == []
     assert found("TN202", model.train().requires_grad_(False)) == WARNING
+    model[1].eval()
+    assert found("TN202", model) == []  # nothing learns
     assert found("TN202", net(ours(frozen=True)).train()) == []
 
 
@@ -539,13 +541,24 @@ def test_features_in_the_last_axis_are_an_error_where_nothing_else_would_tell(
     assert found("TN404", swapped, rows(16, length, 6)) == []
 
 
-def test_a_linear_layer_that_mixes_positions_keeps_channels_in_their_axis():
-    mixing = Forward(lambda m, x: m.norm(m.mix(x.transpose(1, 2))), mix=nn.Linear(6, 6), norm=bn(6))
-    assert found("TN404", mixing, rows(16, 6, 6)) == []
-    back = Forward(lambda m, x: m.norm(m.mix(x.mT).mT), mix=nn.Linear(6, 6), norm=bn(6))
-    assert found("TN404", back, rows(16, 6, 6)) == []
-    again = Forward(lambda m, x: m.norm(m.mix(x.mT.mT)), mix=nn.Linear(6, 6), norm=bn(6))
-    assert found("TN404", again, rows(16, 6, 6)) == ERROR
+@pytest.mark.parametrize(
+    "swap",
+    [
+        lambda x: x.transpose(1, 2),
+        lambda x: x.permute(0, 2, 1).contiguous(),
+        lambda x: x.movedim(1, 2),
+        lambda x: x.mT,
+    ],
+)
+def test_a_linear_layer_that_mixes_positions_keeps_channels_in_their_axis(swap):
+    def severities(forward):
+        model = Forward(forward, mix=nn.Linear(6, 6), norm=bn(6)).eval()
+        return found("TN404", model, rows(16, 6, 6))
+
+    assert severities(lambda m, x: m.norm(m.mix(swap(x)))) == []
+    assert severities(lambda m, x: m.norm(swap(m.mix(x)))) == []
+    assert severities(lambda m, x: m.norm(m.mix(swap(swap(x))))) == ERROR
+    assert severities(lambda m, x: m.norm(m.mix(swap(m.mix(swap(x)))))) == ERROR
 
 
 @pytest.mark.parametrize(
@@ -587,11 +600,13 @@ def test_a_norm_after_a_norm_is_a_warning_for_a_batch_norm_alone():
 
 def test_a_norm_after_a_norm_is_a_note_where_the_first_is_used_elsewhere_too():
     def residual(m, x):
-        y = m.first(m.linear(x))
+        y = m.drop(m.first(m.linear(x)))
         return m.head(y + m.second(y))
 
-    parts = {"linear": nn.Linear(5, 8), "first": bn(), "second": bn(), "head": nn.Linear(8, 3)}
-    assert found("TN406", Forward(residual, **parts).eval(), rows(16, 5)) == NOTE
+    for drop in (nn.Identity(), nn.Dropout(0.0)):
+        parts = {"linear": nn.Linear(5, 8), "first": bn(), "drop": drop, "second": bn()}
+        model = Forward(residual, **parts, head=nn.Linear(8, 3)).eval()
+        assert found("TN406", model, rows(16, 5)) == NOTE
 
 
 @pytest.mark.parametrize(
@@ -636,13 +651,16 @@ def test_norms_between_weighted_layers_have_lost_their_activations():
     ("forward", "severity"),
     [
         (lambda m, x: m.norm(m.linear(x)), []),
-        (lambda m, x: m.norm(m.linear(x)) + m.norm(m.linear(x)), NOTE),
+        (lambda m, x: m.norm(m.linear(x)) + m.norm(m.other(x)), NOTE),
+        (lambda m, x: m.norm(x), NOTE),
+        (lambda m, x: [m.norm(y) + y for y in [m.linear(x)]], NOTE),
         (lambda m, x: m.norm(m.linear(x).relu()), NOTE),
         (lambda m, x: m.norm(m.linear(m.linear(x))), NOTE),
     ],
 )
 def test_what_cannot_be_folded_is_a_note(forward, severity):
-    model = Forward(forward, linear=nn.Linear(5, 5), norm=bn(5)).eval()
+    parts = {"linear": nn.Linear(5, 5), "other": nn.Linear(5, 5), "norm": bn(5)}
+    model = Forward(forward, **parts).eval()
     assert found("TN503", model, rows(16, 5)) == severity
 
 

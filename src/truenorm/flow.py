@@ -78,6 +78,9 @@ class Flow:
                 waiting += self.nodes[number].inputs
 
 
+_TRANSPOSED = {"T", "mT", "H", "mH"}
+
+
 class _Recorder(TorchFunctionMode):
     """Notes each torch function that is called, and which results it took."""
 
@@ -119,6 +122,9 @@ class _Recorder(TorchFunctionMode):
             ]
             out = func(*args, **kwargs)
             name = (resolve_name(func) or getattr(func, "__name__", "?")).split(".")[-1]
+            if name == "__get__":  # an attribute: of them only the transposed are operations
+                name = getattr(getattr(func, "__self__", None), "__name__", name)
+                name = name if name in _TRANSPOSED else "__get__"
             made = list(tensors_in(out))
             if made and name != "__get__":
                 plain = {k: v for k, v in kwargs.items() if isinstance(v, (bool, int, float, str))}

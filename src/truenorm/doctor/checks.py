@@ -746,12 +746,16 @@ def wrong_axis(facts: Facts) -> Iterator[Found]:
         yield Found(norm.name, severity, cause, evidence)
 
 
+_SWAPPING = {"transpose", "permute", "swapaxes", "swapdims", "moveaxis", "movedim", "mT", "mH",
+             "adjoint"}  # fmt: skip
+
+
 def _mixes_tokens(flow: Flow, node: Node) -> bool:
     """Whether the last axis is of positions: the two last were swapped on the way, and not back."""
     swapped = False
     while node.inputs and len(node.shape) == 3:
         before = flow.nodes[node.inputs[0]]
-        if node.op in {"transpose", "permute", "swapaxes", "rearrange", "mT", "moveaxis"}:
+        if node.op in _SWAPPING:
             swapped ^= before.shape[-2:] == node.shape[-2:][::-1] and len(before.shape) == 3
         elif node.op not in _FEATURES_LAST | _ELEMENTWISE | {"contiguous", "clone"}:
             break
