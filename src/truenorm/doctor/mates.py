@@ -116,7 +116,7 @@ def _pooled_over_examples(facts: Facts, number: int) -> Node | None:
         if node.op not in _STATISTICS or len(node.inputs) != 1:
             continue
         given, made = nodes[node.inputs[0]].shape, node.shape
-        if len(given) < 2 or given[0] != number:
+        if len(given) < 2 or given[0] % number or not given[0]:
             continue
         if made in ((), given[1:]) or (len(made) == len(given) and made[0] == 1):
             return node
