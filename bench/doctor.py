@@ -75,11 +75,11 @@ class Case:
 def main() -> None:
     """Measure all, print the tables and keep them."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--small", action="store_true", help="few steps, to see that it works")
     told = options.parse_args()
     cases = [
-        Case("ResNet-18, (32, 3, 32, 32)", resnet18, (32, 3, 32, 32), 2 if told.small else 40),
+        Case("ResNet-18, (32, 3, 32, 32)", resnet18, (32, 3, 32, 32), 2 if told.small else 20),
         Case("MLP, (128, 784)", mlp, (128, 784), 200 if told.small else 2000),
         Case("MLP, (32, 784)", mlp, (32, 784), 200 if told.small else 2000),
     ]
