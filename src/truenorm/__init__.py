@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from truenorm.run import Run as Run
     from truenorm.run import load_model as load_model
     from truenorm.sources import load as load
+    from truenorm.study import Study as Study
+    from truenorm.study import compare as compare
     from truenorm.train import EarlyStopping as EarlyStopping
     from truenorm.train import History as History
     from truenorm.train import fit as fit
@@ -90,12 +92,14 @@ _HOMES = {
     "Run": "run",
     "Scaling": "data",
     "Splits": "data",
+    "Study": "study",
     "TrainConfig": "config",
     "assert_frozen": "conversion",
     "assert_healthy": "doctor.diagnosis",
     "attach": "transaction",
     "build": "models",
     "commit": "transaction",
+    "compare": "study",
     "convert": "conversion",
     "dataset": "data",
     "examine": "doctor.diagnosis",

@@ -159,7 +159,25 @@ class MLP(nn.Sequential):
 def _conv(spec: ModelSpec, inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     # A shift before the norm would be subtracted again by it; only these two keep a mean.
     bias = spec.norm in ("none", "rms") or spec.norm_position == "after"
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return _with_bias(conv) if bias else conv
+
+
+def _with_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    """Give ``conv`` a bias that :func:`_draw_biases` is still to draw."""
+    conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+    return conv
+
+
+def _draw_biases(model: nn.Module) -> None:
+    """Draw the convolutions' biases as torch does, but after everything else.
+
+    Which convolutions have one depends on the norm; the weights of a seed must not.
+    """
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+            bound = 1 / math.sqrt(conv.weight[0].numel())
+            nn.init.uniform_(conv.bias, -bound, bound)
 
 
 class ConvNet(nn.Module):
@@ -187,6 +205,7 @@ class ConvNet(nn.Module):
             nn.Dropout(spec.dropout),
             nn.Linear(before, classes),
         )
+        _draw_biases(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +229,8 @@ class _Residual(nn.Module):
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            point = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=spec.norm == "none")
+            point = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            point = _with_bias(point) if spec.norm == "none" else point
             self.shortcut = nn.Sequential(point, norm_of(spec.norm, outputs, 2))
         self.end = nn.Sequential(nn.ReLU(), *([norm] if after else []))
 
@@ -238,6 +258,7 @@ class ResNet(nn.Module):
             nn.Dropout(spec.dropout),
             nn.Linear(widths[-1], classes),
         )
+        _draw_biases(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ What does not parse raises InputError with the file, the place, the rule and the
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.resources
 import math
 import struct
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from truenorm.data import Dataset, Splits, dataset, examples, refuse_non_finite, split
+from truenorm.data import Dataset, Scaling, Splits, dataset, examples, refuse_non_finite, split
 from truenorm.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -63,14 +64,48 @@ def load(
     Raises:
         InputError: nothing such exists, or it does not parse.
     """
+    return uncut(source, target=target).cut(seed, valid=valid, test=test)
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """Checked, labelled data that can be cut by many seeds; parts it brings itself stay as they are.
+
+    ``scaling`` is None for the one that each cut's training part suggests.
+    """
+
+    train: Dataset
+    test: Dataset | None = None
+    valid: Dataset | None = None
+    scaling: Scaling | None = None
+
+    def cut(self, seed: int, *, valid: float = 0.2, test: float = 0.2) -> Splits:
+        """Training, validation and test parts by the permutation of ``seed``."""
+        if self.valid is not None:
+            return Splits(self.train, self.valid, self.test, self.scaling)  # type: ignore[arg-type]
+        return split(self.train, test=test if self.test is None else self.test, valid=valid, seed=seed)
+
+    def fingerprint(self) -> str:
+        """One digest over all parts: equal data, equal fingerprint."""
+        parts = (self.train, self.test, self.valid)
+        digests = [None if p is None else p.fingerprint() for p in parts]
+        scaling = None if self.scaling is None else self.scaling.to_json()
+        return hashlib.sha256(repr((digests, scaling)).encode()).hexdigest()
+
+
+def uncut(source: Any, *, target: str | None = None) -> Uncut:
+    """Load a data source as :func:`load` does, without cutting it.
+
+    Raises:
+        InputError: nothing such exists, or it does not parse.
+    """
     if isinstance(source, tuple):
-        return split(dataset(*source), seed=seed, valid=valid, test=test)
+        return Uncut(dataset(*source))
     found = read(source, target=target)
     labelled = _labelled(found.train, found.train.order)
     held = None if found.test is None else _labelled(found.test, labelled.classes)
-    if found.valid is not None:
-        return Splits(labelled, _labelled(found.valid, labelled.classes), held)
-    return split(labelled, test=test if held is None else held, valid=valid, seed=seed)
+    valid = None if found.valid is None else _labelled(found.valid, labelled.classes)
+    return Uncut(labelled, held, valid)
 
 
 def load_for_prediction(
