@@ -23,22 +23,27 @@ DONE, FOUND, MENDABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
 
 
-def _settings() -> type[Any]:
+def _settings(*without: str) -> type[Any]:
     """TrainConfig with every field optional: what is not said is the recipe's choice."""
     hints, help_of = typing.get_type_hints(TrainConfig), config_help()
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(TrainConfig):
+        if f.name in without:
+            continue
         kind = hints[f.name]
         optional: Any = kind if isinstance(kind, types.UnionType) else kind | None
         negative: dict[str, Any] = {} if kind is bool else {"negative": ""}
         told = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
         fields.append((f.name, told, dataclasses.field(default=None)))
-    made = dataclasses.make_dataclass("Settings", fields, frozen=True, kw_only=True)
+    name = "StudySettings" if without else "Settings"
+    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
     made.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
     return made
 
 
 Settings = _settings()
+# Of a study these are variants, seeds and the tuner's; each of its runs has one thread.
+StudySettings = _settings("batch_size", "lr", "seed", "threads")
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
 
 app = App(
@@ -124,6 +129,126 @@ def train(
     work.save(outcome, html.render(work, outcome) if outcome.judgement is not None else None)
     console.result(outcome.result, as_json=json)
     return OUTCOMES.get(outcome.history.stopped, DONE)
+
+
+@app.command
+def compare(
+    *,
+    data: str = "mnist",
+    target: str | None = None,
+    model: str = "mlp",
+    norm: str = "none,batch,group,layer",
+    batch_size: str | None = None,
+    norm_position: str = "before",
+    widths: str | None = None,
+    dropout: str = "0",
+    seeds: int = 8,
+    lr: str = "recipe",
+    grid: str = "0.001,0.003,0.01,0.03,0.1",
+    tuning_seeds: int = 2,
+    metric: str = "test_accuracy",
+    margin: float | None = None,
+    goal: float | None = None,
+    recipe: str = "default",
+    processes: int | None = None,
+    engine: str = "local",
+    store: Path = Path("study.sqlite"),
+    retry: Annotated[bool, Parameter(negative="")] = False,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+    settings: Annotated[StudySettings, Parameter(name="*", group="Training")] = StudySettings(),  # type: ignore[valid-type]  # noqa: B008
+) -> int:
+    """Compare norms over batch sizes with paired seeds. "Cannot tell" is an answer.
+
+    Finished runs are kept in the store: the same command goes on after a stop, and one with
+    more seeds or variants runs only what is missing.
+
+    Parameters
+    ----------
+    data
+        A data source as for train.
+    target
+        The label's column of a .csv or .parquet file.
+    model
+        mlp, convnet, resnet or transformer; several are compared norm by norm in each.
+    norm
+        Norms to compare; the first is the reference.
+    batch_size
+        Batch sizes, like 4,16,64; by default the recipe's own.
+    norm_position
+        before, after, or before,after.
+    widths
+        Hidden units or channels, like 256,128.
+    dropout
+        Probabilities, like 0,0.2.
+    seeds
+        Runs of each variant.
+    lr
+        recipe; tune, on validation data, with as many trials for each variant; or a number.
+    grid
+        The learning rates that tune tries.
+    tuning_seeds
+        Seeds for each of them; they are not judged.
+    metric
+        test_accuracy, test_loss, valid_accuracy or valid_loss.
+    margin
+        Differences up to this count as none, like 0.005 for half a point of accuracy.
+    goal
+        Validation accuracy to which epochs and seconds are counted; by default 0.99 of the best
+        variant's.
+    processes
+        Worker processes, each on one thread; by default one for each core.
+    engine
+        local.
+    store
+        The SQLite file of finished runs.
+    retry
+        Run again what failed.
+    out
+        A report: .html, .md, .csv (of all runs) or .json.
+    quiet
+        Print nothing but the result.
+    """
+    _check_file(out)
+    from truenorm.report import study as report
+
+    report.kind_of(out)
+    from truenorm import study as studies
+
+    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+    changes = {
+        "norm_position": _listed(norm_position),
+        "widths": _widths(widths),
+        "dropout": _numbers("dropout", dropout),
+        **given,
+    }
+    with report.following(store, quiet=quiet, as_json=json) as observe:
+        study = studies.compare(
+            data,
+            norms=_listed(norm),
+            batch_sizes=None if batch_size is None else _integers("batch_size", batch_size),
+            seeds=seeds,
+            model=_listed(model),
+            lr=_rate(lr),
+            metric=metric,
+            margin=margin,
+            recipe=recipe,
+            changes=changes,
+            target=target,
+            grid=_numbers("grid", grid),
+            tuning_seeds=tuning_seeds,
+            goal=goal,
+            processes=processes,
+            engine=engine,
+            store=store,
+            retry=retry,
+            observe=observe,
+        )
+    if out is not None:
+        report.write(study, out)
+    report.result(study, out, as_json=json)
+    return DONE
 
 
 @app.command
@@ -304,12 +429,35 @@ def _check_file(out: Path | None) -> None:
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+    return None if text is None else _integers("widths", text)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(w) for w in text.split(",") if w.strip())
+        return tuple(int(part) for part in _listed(text))
     except ValueError as error:
-        raise InputError(f"widths must be integers like 256,128, got {text!r}.") from error
+        raise InputError(f"{name} must be integers like 256,128, got {text!r}.") from error
+
+
+def _rate(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in _listed(text))
+    except ValueError as error:
+        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.") from error
+    if not numbers:
+        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.")
+    return numbers
 
 
 def main(tokens: list[str] | None = None) -> None:

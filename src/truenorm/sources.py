@@ -69,7 +69,7 @@ def load(
 
 @dataclass(frozen=True)
 class Uncut:
-    """Checked, labelled data that can be cut by many seeds; parts it brings itself stay as they are.
+    """Checked, labelled data that many seeds can cut; parts it brings itself stay as they are.
 
     ``scaling`` is None for the one that each cut's training part suggests.
     """
@@ -83,7 +83,9 @@ class Uncut:
         """Training, validation and test parts by the permutation of ``seed``."""
         if self.valid is not None:
             return Splits(self.train, self.valid, self.test, self.scaling)  # type: ignore[arg-type]
-        return split(self.train, test=test if self.test is None else self.test, valid=valid, seed=seed)
+        return split(
+            self.train, test=test if self.test is None else self.test, valid=valid, seed=seed
+        )
 
     def fingerprint(self) -> str:
         """One digest over all parts: equal data, equal fingerprint."""

@@ -48,6 +48,11 @@ class Variant:
     spec: ModelSpec
     config: TrainConfig
 
+    def told(self) -> dict[str, Any]:
+        """The config's fields that are the same in all its runs."""
+        fields = dataclasses.asdict(self.config)
+        return {k: v for k, v in fields.items() if k not in ("seed", "lr", "threads")}
+
     def trial(self, seed: int, lr: float, part: Part = "judged") -> Trial:
         """The run of this variant with ``seed`` and ``lr``."""
         config = dataclasses.replace(self.config, seed=seed, lr=lr)
@@ -82,13 +87,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Summary:
-    """A variant over its judged seeds. ``mean`` to ``iqm`` are of the study's metric."""
+    """A variant over its judged seeds.
+
+    ``mean`` to ``iqm`` are of the study's metric, ``low`` and ``high`` its mean's 95 % interval
+    by Student's t; ``seconds`` a mean, the ways to the goal medians over the runs that reach it.
+    """
 
     variant: str
     n: int
     mean: float | None
     sd: float | None
     iqm: float | None
+    low: float | None
+    high: float | None
     lr: float
     diverged: int
     failed: int
@@ -130,6 +141,40 @@ class Study:
         """The judged rows of a variant, by seed."""
         return [row for row in self.rows if row.variant == label]
 
+    def settings(self) -> dict[str, list[Variant]]:
+        """The variants of each setting, the reference first."""
+        return {
+            setting: [v for v in self.variants if v.setting == setting]
+            for setting in dict.fromkeys(v.setting for v in self.variants)
+        }
+
+    def differences(self, pair: Pair) -> list[float]:
+        """The metric's difference for each seed that both variants of ``pair`` have it for."""
+        values = _values(self.of(pair.variant), self.metric) - _values(
+            self.of(pair.reference), self.metric
+        )
+        return [float(v) for v in values if not math.isnan(v)]
+
+    def tried(self, label: str) -> list[tuple[float, float]]:
+        """The learning rates tried for a variant, each with its :func:`tuning_loss`."""
+        own = [row for row in self.tuning if row.variant == label]
+        rates = sorted({row.lr for row in own})
+        return [(rate, tuning_loss([row for row in own if row.lr == rate])) for rate in rates]
+
+    def curve(self, label: str) -> list[float]:
+        """Mean validation accuracy by epoch; a run that has ended counts on with its best."""
+        runs = [row for row in self.of(label) if row.curve]
+        longest = max((len(row.curve) for row in runs), default=0)
+        ends = [row.valid_accuracy or 0.0 for row in runs]
+        return [
+            sum(
+                row.curve[i][1] if i < len(row.curve) else end
+                for row, end in zip(runs, ends, strict=True)
+            )
+            / len(runs)
+            for i in range(longest)
+        ]
+
     def summaries(self) -> list[Summary]:
         """A line for each variant."""
         return [self._summary(v.label) for v in self.variants]
@@ -138,6 +183,7 @@ class Study:
         rows = [row for row in self.of(label) if row.error is None]
         values = _values(rows, self.metric)
         values = values[~np.isnan(values)]
+        low, high = _interval(values) or (None, None)
         reached = [at for row in rows if self.goal and (at := row.reaches(self.goal))]
         return Summary(
             variant=label,
@@ -145,6 +191,8 @@ class Study:
             mean=float(values.mean()) if len(values) else None,
             sd=float(values.std(ddof=1)) if len(values) > 1 else None,
             iqm=_interquartile_mean(values) if len(values) else None,
+            low=low,
+            high=high,
             lr=self.lrs[label],
             diverged=sum(row.diverged for row in rows),
             failed=len(self.of(label)) - len(rows),
@@ -287,12 +335,22 @@ def compare(
         "recipe": recipe,
         "tuned": lr == "tune",
     }
-    return conclude(variants, rows, tuning, lrs, metric, margin, goal, {**environment(), **about})
+    return conclude(
+        variants,
+        rows,
+        tuning=tuning,
+        lrs=lrs,
+        metric=metric,
+        margin=margin,
+        goal=goal,
+        provenance={**environment(), **about},
+    )
 
 
 def conclude(
     variants: Sequence[Variant],
     rows: Sequence[Row],
+    *,
     tuning: Sequence[Row],
     lrs: dict[str, float],
     metric: str,
@@ -395,6 +453,10 @@ def _variants(
         for norm in norms:
             label = "/".join([norm, str(config.batch_size), *(str(chosen[n]) for n in several)])
             variants.append(Variant(label, setting, ModelSpec(norm=norm, **built), config))  # type: ignore[arg-type]
+    labels = [v.label for v in variants]
+    twice = [label for i, label in enumerate(labels) if label in labels[:i]]
+    if twice:
+        raise InputError(f"two variants are {twice[0]}; leave one of the two values out.")
     return variants
 
 
@@ -408,8 +470,8 @@ def _choices(name: str, value: Any) -> tuple[Any, ...]:
 
 def _rates(lr: float | str, grid: Sequence[float], tuning_seeds: int) -> tuple[float, ...]:
     """The learning rates to try for each variant; none where nothing is tuned."""
-    if isinstance(lr, str) and lr != "tune":
-        choose("lr", lr, ("recipe", "tune"))
+    if isinstance(lr, str) and lr not in ("recipe", "tune"):
+        raise InputError(f"lr must be recipe, tune or a number, got {lr!r}.")
     rates = tuple(grid) if lr == "tune" else () if isinstance(lr, str) else (lr,)
     for rate in rates:
         TrainConfig(lr=rate)  # refuses what is no rate
@@ -438,7 +500,6 @@ class _Runner:
         """Say how many runs there will be."""
         self.total_runs, self.runs = tuning + judged, 0
         self.steps = 0
-        self.left_runs = tuning + judged
 
     def rows(self, trials: Iterable[Trial]) -> list[Row]:
         """The rows of ``trials``, in their order."""
@@ -468,9 +529,7 @@ class _Runner:
 
     def _tell(self, left: int, row: Row | None) -> None:
         if self.observe is not None:
-            self.observe(
-                Progress(self.runs, self.total_runs, self.steps, self.steps + left, row)
-            )
+            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps + left, row))
 
 
 def _tuned(
@@ -511,6 +570,15 @@ def _interquartile_mean(values: np.ndarray[Any, Any]) -> float:
     from scipy import stats
 
     return float(stats.trim_mean(values, 0.25))
+
+
+def _interval(values: np.ndarray[Any, Any]) -> tuple[float, float] | None:
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:
@@ -555,9 +623,7 @@ def _paired(
             else 1.0
         )
         found.append(
-            Pair(
-                variant, reference, setting, n, mean, mean - half, mean + half, p, "cannot tell"
-            )
+            Pair(variant, reference, setting, n, mean, mean - half, mean + half, p, "cannot tell")
         )
     if family:
         found = _holm(found)
@@ -623,8 +689,8 @@ def sentence(pair: Pair, metric: str, margin: float | None) -> str:
 def _at_the_edge(tuning: Sequence[Row], lrs: dict[str, float]) -> list[str]:
     rates = sorted({row.lr for row in tuning})
     return [
-        f"{label}: the chosen learning rate {lr:g} is the {'least' if lr == rates[0] else 'largest'}"
-        " that was tried; a wider grid may do better."
+        f"{label}: the chosen learning rate {lr:g} is the "
+        f"{'least' if lr == rates[0] else 'largest'} that was tried; a wider grid may do better."
         for label, lr in lrs.items()
         if len(rates) > 1 and lr in (rates[0], rates[-1])
     ]

@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
-import truenorm
 from truenorm.config import TrainConfig
 from truenorm.data import Splits
 from truenorm.evaluate import Scores, logits_of, score
@@ -41,7 +41,7 @@ class Trial:
             "spec": self.spec.to_json(),
             "config": dataclasses.asdict(self.config),
             "part": self.part,
-            "truenorm": truenorm.__version__,
+            "truenorm": metadata.version("truenorm"),
             "torch": torch.__version__,
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -121,9 +121,7 @@ class Row:
 def failed(trial: Trial, error: str) -> Row:
     """The row of a run that came to nothing."""
     config = trial.config
-    return Row(
-        variant=trial.variant, part=trial.part, seed=config.seed, lr=config.lr, error=error
-    )
+    return Row(variant=trial.variant, part=trial.part, seed=config.seed, lr=config.lr, error=error)
 
 
 class Bench:

@@ -202,9 +202,7 @@ class Pool:
         while waiting and self._idle:
             self._idle.pop().ask(*waiting.popleft())
 
-    def _bury(
-        self, worker: _Worker, waiting: deque[tuple[Trial, int]]
-    ) -> tuple[Trial, Row] | None:
+    def _bury(self, worker: _Worker, waiting: deque[tuple[Trial, int]]) -> tuple[Trial, Row] | None:
         """Take a dead worker off the books; its run waits again, or is lost."""
         self.workers.remove(worker)
         how = worker.stop()

@@ -25,6 +25,10 @@ _VARIABLES = {
     _MAIN: "var(--main)",
     _MARK: "var(--mark)",
 }
+# Colours of series, one for each norm of a study.
+SERIES = tuple(f"#1a2b3{i}" for i in range(1, 9))
+_VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)}
+INK, QUIET, MARK = _INK, _QUIET, _MARK
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -50,32 +54,32 @@ _STYLE: Any = {
 
 def loss_curves(history: History) -> str:
     """Training and validation loss by epoch, the best epoch marked."""
-    with _drawing("loss", 1) as figure:
+    with drawing("loss", 1) as figure:
         axes = figure.axes[0]
         _curve(axes, history, "train_loss", colour=_QUIET, label="training")
         _curve(axes, history, "valid_loss", colour=_MAIN, label="validation")
         _mark_best(axes, history, "valid_loss")
         axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
-        return _svg(figure)
+        return svg(figure)
 
 
 def accuracy_curve(history: History) -> str:
     """Validation accuracy by epoch, the best epoch marked."""
-    with _drawing("accuracy", 1) as figure:
+    with drawing("accuracy", 1) as figure:
         axes = figure.axes[0]
         _curve(axes, history, "valid_accuracy", colour=_MAIN, label="validation", factor=100)
         _mark_best(axes, history, "valid_accuracy", 100)
         axes.set(xlabel="epoch", title="Accuracy (%)")
-        return _svg(figure)
+        return svg(figure)
 
 
 def distributions(view: NormView) -> str:
     """What enters a norm and what leaves it, one above the other on one axis."""
-    with _drawing(f"distributions {view.name}", 2, sharex=True) as figure:
+    with drawing(f"distributions {view.name}", 2, sharex=True) as figure:
         before, after = figure.axes
         _bars(before, view.before, _QUIET, "before")
         _bars(after, view.after, _MAIN, "after")
-        return _svg(figure)
+        return svg(figure)
 
 
 def per_channel(view: NormView) -> str:
@@ -89,13 +93,13 @@ def per_channel(view: NormView) -> str:
     kept = [(title, values) for title, values in rows if values is not None]
     if not kept:
         return ""
-    with _drawing(f"channels {view.name}", len(kept), height=3.0, columns=2) as figure:
+    with drawing(f"channels {view.name}", len(kept), height=3.0, columns=2) as figure:
         for axes, (title, values) in zip(figure.axes, kept, strict=False):
             axes.plot(values, ".", color=_MAIN, markersize=3)
             axes.set_title(title)
             if title == "running variance" and min(values) > 0 and max(values) > 50 * min(values):
                 axes.set_yscale("log")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _bars(axes: Axes, histogram: Histogram, colour: str, title: str) -> None:
@@ -124,7 +128,7 @@ def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> N
 
 
 @contextlib.contextmanager
-def _drawing(
+def drawing(
     name: str, panels: int, *, columns: int = 1, sharex: bool = False, height: float = 2.8
 ) -> Iterator[Figure]:
     """A figure with ``panels`` axes, drawn in the page's style inside the body."""
@@ -138,7 +142,7 @@ def _drawing(
         yield figure
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
