@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -202,6 +203,13 @@ class Study:
             seconds_to_goal=float(np.median([s for _, s in reached])) if reached else None,
         )
 
+    def tally(self) -> str:
+        """How many verdicts there are of each kind."""
+        counts = collections.Counter(pair.decision for pair in self.verdicts)
+        kinds: tuple[Decision, ...] = ("better", "worse", "equivalent", "cannot tell")
+        told = [f"{counts[kind]} {kind}" for kind in kinds if counts[kind]]
+        return f"{len(self.verdicts)} verdicts: {', '.join(told)}." if told else "No verdicts."
+
     def sentences(self) -> list[str]:
         """The verdicts in words, and what one should know of the tuning."""
         return [sentence(pair, self.metric, self.margin) for pair in self.verdicts] + _at_the_edge(
@@ -224,7 +232,7 @@ class Study:
         }
 
     def __str__(self) -> str:
-        return "\n".join(self.sentences())
+        return "\n".join([*self.sentences(), self.tally()])
 
 
 class Progress(NamedTuple):
@@ -665,25 +673,32 @@ def _more_seeds(pair: Pair) -> int | None:
 
 def sentence(pair: Pair, metric: str, margin: float | None) -> str:
     """A verdict in words."""
-    start = f"{pair.variant} beside {pair.reference} ({pair.setting})"
+    norm, reference = (label.split("/")[0] for label in (pair.variant, pair.reference))
+    unit, factor = ("points", 100.0) if metric.endswith("accuracy") else ("nats", 1.0)
+    said = {
+        "better": f"{norm} is better than {reference}",
+        "worse": f"{norm} is worse than {reference}",
+        "equivalent": f"{norm} and {reference} are equivalent within "
+        f"{factor * (margin or 0):g} {unit}",
+        "cannot tell": f"cannot tell {norm} from {reference}",
+    }[pair.decision]
     if pair.difference is None or pair.low is None or pair.high is None or pair.p is None:
-        return f"{start}: cannot tell; only {pair.n} seeds have both figures."
-    unit, factor = (" points", 100.0) if metric.endswith("accuracy") else (" nats", 1.0)
+        seeds = "1 seed has" if pair.n == 1 else f"{pair.n} seeds have"
+        return f"{pair.setting}: {said}: only {seeds} both figures."
     figures = (
-        f"{factor * pair.difference:+.2f}{unit} of {metric.replace('_', ' ')} "
+        f"{factor * pair.difference:+.2f} {unit} of {metric.replace('_', ' ')} "
         f"(95 % interval {factor * pair.low:+.2f} to {factor * pair.high:+.2f}, "
         f"p {pair.p:.2g}, {pair.n} seeds)"
     )
-    if pair.decision == "equivalent" and margin is not None:
-        return f"{start}: equivalent within {factor * margin:g}{unit}: {figures}."
-    more = ""
-    if pair.decision == "cannot tell":
-        more = (
-            f"; about {pair.more_seeds} more seeds would, if this difference is the true one"
-            if pair.more_seeds
-            else "; no reasonable number of seeds would"
-        )
-    return f"{start}: {pair.decision}{more}: {figures}."
+    return f"{pair.setting}: {said}: {figures}.{_outlook(pair)}"
+
+
+def _outlook(pair: Pair) -> str:
+    if pair.decision != "cannot tell":
+        return ""
+    if pair.more_seeds is None:
+        return " No reasonable number of seeds would tell, if this difference is the true one."
+    return f" About {pair.more_seeds:,} more seeds would, if this difference is the true one."
 
 
 def _at_the_edge(tuning: Sequence[Row], lrs: dict[str, float]) -> list[str]:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def write_data(data: Uncut, path: Path) -> None:
         if part is None:
             continue
         held = {"x": part.x, "y": part.y, "weight": part.weight}
-        tensors |= {f"{name}.{k}": v.contiguous() for k, v in held.items() if v is not None}
+        # Copied, because safetensors takes no two tensors of one memory, as slices are.
+        tensors |= {f"{name}.{k}": v.contiguous().clone() for k, v in held.items() if v is not None}
         about[name] = {"classes": part.classes, "name": part.name}
     safetensors.torch.save_file(tensors, path, {"about": json.dumps(about, default=str)})
 
@@ -230,7 +232,7 @@ def serve(data: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not pass for an answer
     trials: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(trials,), daemon=True).start()
+    threading.Thread(target=_read, args=(trials, data.parent), daemon=True).start()
     torch.set_num_threads(1)
     bench = Bench(map_data(data))
     print(json.dumps({"ready": True}), file=answers, flush=True)
@@ -239,10 +241,12 @@ def serve(data: Path) -> None:
         print(json.dumps(row.to_json()), file=answers, flush=True)
 
 
-def _read(trials: queue.SimpleQueue[str]) -> None:
+def _read(trials: queue.SimpleQueue[str], folder: Path) -> None:
     for line in sys.stdin:
         trials.put(line)
-    os._exit(0)  # the parent is gone, and nobody would read the row of the run at work
+    # The parent was killed: nobody would read the row of the run at work, or clear up.
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def result(study: Study, out: Path | None, *, as_json: bool) -> None:
     for line in caught.get().splitlines():
         plain.print(line.rstrip(), markup=False)
     plain.print()
-    for line in study.sentences():
+    for line in str(study).splitlines():
         plain.print(line, markup=False)
     for row in study.rows:
         if row.error:
@@ -190,7 +190,7 @@ def markdown(study: Study) -> str:
     """Verdicts, table, provenance."""
     names = [name for name, _ in _COLUMNS]
     sides = [":--" if side == "left" else "--:" for _, side in _COLUMNS]
-    lines = [f"# {_title(study)}", ""]
+    lines = [f"# {_title(study)}", "", study.tally(), ""]
     lines += [f"- {text}" for text in study.sentences()]
     lines += ["", f"Mean, sd and interquartile mean are of {study.metric.replace('_', ' ')}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (names, sides, *_cells(study))]

@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import truenorm
+from conftest import blobs
+from truenorm import ModelSpec, Splits, TrainConfig, build, compare, dataset
+from truenorm.cli import main
+from truenorm.report import study as report
+from truenorm.sources import Uncut, uncut
+from truenorm.study import tuning_loss
+from truenorm.trial import Bench, Row, failed
+from truenorm.workers import Pool, map_data, write_data
+
+TINY = {"epochs": 2, "widths": (8,)}
+
+
+def small(data=None, **options):
+    """Two norms, two batch sizes, two seeds on 150 rows, in this process unless told otherwise."""
+    chosen = {
+        "norms": ("none", "batch"), "batch_sizes": (16, 32), "seeds": 2, "processes": 0,
+        "changes": TINY, **options,
+    }  # fmt: skip
+    return compare(blobs(150) if data is None else data, **chosen)
+
+
+def timeless(study):
+    return [row.timeless() for row in study.rows + study.tuning]
+
+
+def key_of(row):
+    return (row.part, row.variant, row.lr, row.seed)
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    """Run a command line in an empty folder: its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*tokens):
+        with pytest.raises(SystemExit) as end:
+            main([str(t) for t in tokens])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return call
+
+
+# What the variants of a seed share ------------------------------------------------------------
+
+MATRICES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+
+
+def weights(spec, shape):
+    model = build(spec, shape, 3, seed=7)
+    return [
+        p for m in model.modules() if isinstance(m, MATRICES)
+        for n, p in m.named_parameters(recurse=False) if "bias" not in n
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "group", "instance", "rms"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet", "transformer"])
+def test_the_initial_weights_of_a_seed_do_not_depend_on_the_norm(name, norm, position):
+    plain = weights(ModelSpec(name=name, norm="none"), (1, 12, 12))
+    normed = weights(ModelSpec(name=name, norm=norm, norm_position=position), (1, 12, 12))
+    assert len(plain) == len(normed) > 1
+    for a, b in zip(plain, normed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet"])
+def test_convolutions_without_a_norm_have_biases_as_torch_draws_them(name):
+    model = build(ModelSpec(name=name, norm="none"), (1, 12, 12), 3, seed=7)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convolutions:
+        bound = conv.weight[0].numel() ** -0.5
+        assert conv.bias.abs().max() <= bound
+        assert conv.bias.std() > bound / 4
+
+
+def test_one_seed_has_one_split_and_another_seed_another():
+    data = Uncut(dataset(*blobs(90)))
+    assert data.cut(3).fingerprint() == data.cut(3).fingerprint()
+    assert data.cut(3).fingerprint() != data.cut(4).fingerprint()
+    assert truenorm.load(blobs(90), seed=3).fingerprint() == data.cut(3).fingerprint()
+
+
+def test_a_row_is_what_the_same_training_gives_alone():
+    row = small(norms=("batch",), batch_sizes=(16,), seeds=[5], lr=0.01).rows[0]
+    splits = truenorm.load(blobs(150), seed=5)
+    model = build(ModelSpec(widths=(8,)), (6,), 3, seed=5)
+    config = truenorm.recipe("default", "mlp", 96, batch_size=16, lr=0.01, epochs=2, seed=5)
+    history = truenorm.fit(model, splits, config)
+    tested = truenorm.score(
+        truenorm.logits_of(model, splits.test, splits.scaling, torch.device("cpu")), splits.test
+    )
+    assert (row.test_accuracy, row.test_loss) == (tested.accuracy, tested.loss)
+    assert (row.valid_loss, row.epochs) == (history.best.valid_loss, 2)
+    assert [loss for loss, _, _ in row.curve] == [e.valid_loss for e in history.epochs]
+
+
+# Rows ------------------------------------------------------------------------------------------
+
+
+def test_rows_depend_neither_on_the_number_of_processes_nor_on_the_order():
+    options = {"lr": "tune", "grid": (0.01, 0.1), "tuning_seeds": 1}
+    here = small("digits", **options)
+    assert len(here.rows) == 8
+    assert len(here.tuning) == 8
+    for processes in (1, 2):
+        assert timeless(small("digits", **options, processes=processes)) == timeless(here)
+    back = small("digits", **options, norms=("batch", "none"), batch_sizes=(32, 16), seeds=[1, 0])
+    assert sorted(timeless(back), key=key_of) == sorted(timeless(here), key=key_of)
+
+
+def test_workers_see_the_data_to_the_bit(tmp_path):
+    x, y = blobs(30)
+    part = dataset(x, y, weight=np.linspace(0.5, 2, 30))
+    whole = Uncut(part, test=part, valid=part, scaling=truenorm.Scaling.of(part.x))
+    for data in (whole, Uncut(part), uncut("digits")):
+        write_data(data, tmp_path / "data.safetensors")
+        assert map_data(tmp_path / "data.safetensors").fingerprint() == data.fingerprint()
+
+
+def test_more_seeds_or_variants_run_only_what_is_missing(tmp_path):
+    seen = []
+    options = {"store": tmp_path / "s.sqlite", "observe": lambda told: seen.append(told.row)}
+    first = small(**options)
+    ran = [row for row in seen if row is not None]
+    assert len(ran) == len(first.rows) == 8
+
+    seen.clear()
+    assert timeless(small(**options)) == timeless(first)
+    assert seen == [None]
+
+    seen.clear()
+    more = small(**options, seeds=3, norms=("none", "batch", "layer"))
+    new = {(row.variant, row.seed) for row in seen if row is not None}
+    assert new == {(r.variant, r.seed) for r in more.rows} - {(r.variant, r.seed) for r in ran}
+    assert set(first.rows) <= set(more.rows)
+
+
+@pytest.mark.parametrize(
+    "change", [{"changes": {**TINY, "epochs": 3}}, {"lr": 0.02}, {"recipe": "classic"},
+               {"data": blobs(150, seed=1)}, {"changes": {**TINY, "dropout": 0.1}}],
+)  # fmt: skip
+def test_another_config_or_other_data_are_other_runs(tmp_path, change):
+    seen = []
+    small(store=tmp_path / "s.sqlite")
+    small(**change, store=tmp_path / "s.sqlite", observe=lambda told: seen.append(told.row))
+    assert sum(row is not None for row in seen) == 8
+
+
+def test_a_failed_run_is_a_row_with_its_error_and_is_run_again_only_when_asked(
+    tmp_path, monkeypatch
+):
+    def broken(self, trial):
+        if trial.config.seed == 1:
+            raise RuntimeError("no luck\nat all")
+        return Row(variant=trial.variant, part=trial.part, seed=0, lr=0.1, test_accuracy=0.5)
+
+    store = tmp_path / "s.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "_perform", broken)
+        study = small(store=store)
+    errors = {row.seed: row.error for row in study.rows}
+    assert errors == {0: None, 1: "RuntimeError: no luck at all"}
+    assert [s.failed for s in study.summaries()] == [1, 1, 1, 1]
+    assert all(pair.n == 1 and pair.decision == "cannot tell" for pair in study.verdicts)
+
+    assert {r.error for r in small(store=store).rows} == set(errors.values())
+    again = small(store=store, retry=True)
+    assert {r.error for r in again.rows} == {None}
+    assert small(store=store).rows == again.rows
+
+
+def test_a_diverged_run_is_counted_and_judged_by_what_it_left():
+    splits = truenorm.load(blobs(150))
+    far = Splits(splits.train, splits.valid, splits.test, splits.scaling)
+    study = small(far, norms=("none",), batch_sizes=(16,), lr=1e30, seeds=1)
+    row = study.rows[0]
+    assert row.diverged
+    assert row.stopped == "nan"
+    assert row.error is None
+    assert 0 <= row.test_accuracy <= 1
+    assert study.summaries()[0].diverged == 1
+
+
+def test_the_way_to_a_goal_ends_at_the_first_epoch_that_reaches_it():
+    curve = ((1.0, 0.5, 0.1), (0.9, 0.8, 0.2), (0.8, 0.7, 0.3), (0.7, 0.9, 0.4))
+    row = Row(variant="v", part="judged", seed=0, lr=0.1, curve=curve)
+    assert row.reaches(0.8) == (2, 0.2)
+    assert row.reaches(0.85) == (4, 0.4)
+    assert row.reaches(0.95) is None
+
+
+# Tuning ----------------------------------------------------------------------------------------
+
+
+def test_each_variant_takes_the_rate_of_least_validation_loss_from_as_many_trials_as_any():
+    study = small(lr="tune", grid=(1e-5, 0.03), tuning_seeds=2)
+    counts = {(v.label, lr): 0 for v in study.variants for lr in (1e-5, 0.03)}
+    for row in study.tuning:
+        counts[row.variant, row.lr] += 1
+    assert set(counts.values()) == {2}
+    assert set(study.lrs.values()) == {0.03}
+    assert {row.lr for row in study.rows} == {0.03}
+    assert all(loss[1] < loss[0] for loss in (
+        [loss for _, loss in study.tried(v.label)] for v in study.variants
+    ))  # fmt: skip
+
+
+def test_tuning_runs_have_seeds_of_their_own_and_never_see_the_test_part():
+    study = small(lr="tune", grid=(0.01, 0.03))
+    assert {r.seed for r in study.tuning}.isdisjoint({r.seed for r in study.rows})
+    assert all(r.test_accuracy is None and r.test_loss is None for r in study.tuning)
+
+
+def test_a_rate_that_diverges_once_is_out():
+    good = Row(variant="v", part="tuning", seed=0, lr=1, valid_loss=0.1, stopped="finished")
+    bad = Row(variant="v", part="tuning", seed=1, lr=1, valid_loss=0.01, stopped="nan")
+    assert tuning_loss([good]) == 0.1
+    assert tuning_loss([good, bad]) == float("inf")
+    assert tuning_loss([good, Row(variant="v", part="tuning", seed=1, lr=1)]) == float("inf")
+
+
+def test_a_rate_chosen_at_the_grids_end_is_said():
+    study = small(lr="tune", grid=(1e-5, 0.03), tuning_seeds=1)
+    assert sum("0.03 is the largest that was tried" in text for text in study.sentences()) == 4
+    assert "largest" not in str(small())
+
+
+# Killing ---------------------------------------------------------------------------------------
+
+
+def test_killing_workers_at_random_loses_no_run():
+    straight = small(seeds=4)
+    draw = np.random.default_rng(0)
+    trials = [v.trial(seed, straight.lrs[v.label]) for v in straight.variants for seed in range(4)]
+    rows = {}
+    with Pool(Uncut(dataset(*blobs(150))), 2) as pool:
+        for trial, row in pool.run(trials):
+            rows[trial] = row
+            if len(rows) in (2, 5, 9, 12):
+                pool.workers[draw.integers(len(pool.workers))].process.kill()
+        left = list(pool.workers)
+    assert [rows[trial].timeless() for trial in trials] == [r.timeless() for r in straight.rows]
+    assert all(worker.process.poll() is not None for worker in left)
+
+
+def test_a_run_whose_worker_dies_three_times_is_a_row_with_the_error(monkeypatch):
+    from truenorm import workers
+
+    asked = []
+    ask = workers._Worker.ask
+
+    def deadly(worker, trial, attempt):
+        if trial.config.seed == 1:
+            asked.append(attempt)
+            worker.process.kill()
+        ask(worker, trial, attempt)
+
+    monkeypatch.setattr(workers._Worker, "ask", deadly)
+    study = small(norms=("none",), batch_sizes=(16,), processes=1)
+    assert asked == [1, 2, 3]
+    assert study.rows[0].error is None
+    assert "died 3 times (status -9" in study.rows[1].error
+
+
+def test_workers_that_cannot_start_end_the_study(monkeypatch):
+    monkeypatch.setattr("truenorm.workers.write_data", lambda data, path: path.write_text("no"))
+    with pytest.raises(RuntimeError, match="do not start"):
+        small(processes=1)
+
+
+COMMAND = [
+    "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32", "--seeds", "4",
+    "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
+]  # fmt: skip
+
+
+def started(folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "truenorm", *COMMAND, "--processes", "2", "--json"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def follow(process, until):
+    """The runs that ``process`` told of, until there are so many."""
+    told = []
+    while len(told) < until and (line := process.stderr.readline()):
+        if line.startswith("run "):
+            told.append(line.split()[2] + " " + line.split()[6])
+    return told
+
+
+def gone(process):
+    """Wait for the end of a process and of all that hold its pipes."""
+    out, err = process.communicate()
+    return out, err
+
+
+def test_kill_9_of_a_study_loses_no_row_and_repeats_none(tmp_path):
+    first = started(tmp_path)
+    told = follow(first, 5)
+    first.kill()
+    gone(first)
+    with sqlite3.connect(tmp_path / "s.sqlite") as file:
+        kept = file.execute("SELECT variant, seed, row FROM runs").fetchall()
+    file.close()
+    assert len(told) == 5
+    assert len(kept) >= 5
+
+    second = started(tmp_path)
+    out, err = gone(second)
+    assert second.returncode == 0
+    runs = [line for line in err.splitlines() if line.startswith("run ")]
+    assert len(runs) == 16 - len(kept)
+    rows = {(r["variant"], r["seed"]): r for r in json.loads(out)["rows"]}
+    assert len(rows) == 16
+    for variant, seed, row in kept:
+        assert rows[variant, seed]["seconds"] == json.loads(row)["seconds"]  # the very same run
+
+
+def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
+    process = started(tmp_path)
+    follow(process, 3)
+    process.send_signal(signal.SIGINT)
+    out, err = gone(process)
+    assert process.returncode == 130
+    assert "runs are in s.sqlite; the same command goes on" in err
+    assert "Traceback" not in err
+    assert json.loads(out) == {"error": "interrupted."}
+    with sqlite3.connect(tmp_path / "s.sqlite") as file:
+        assert file.execute("SELECT count(*) FROM runs").fetchone()[0] >= 3
+    file.close()
+
+
+# Verdicts --------------------------------------------------------------------------------------
+
+
+def study_of(scores, **options):
+    """A study with the given test accuracies by variant."""
+    from truenorm.study import Variant, conclude
+
+    variants = [
+        Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))
+        for label in scores
+    ]
+    rows = [
+        Row(variant=label, part="judged", seed=i, lr=0.1, test_accuracy=value, stopped="finished")
+        for label, values in scores.items()
+        for i, value in enumerate(values)
+    ]
+    settings = {"metric": "test_accuracy", "margin": None, "goal": 0.9, **options}
+    return conclude(
+        variants, rows, tuning=[], lrs=dict.fromkeys(scores, 0.1), provenance={}, **settings
+    )
+
+
+def test_verdicts_are_beside_the_first_norm_and_pairs_are_all():
+    same = [0.9, 0.91, 0.92, 0.93]
+    study = study_of({"none": same, "batch": same, "layer": same})
+    assert [(p.variant, p.reference) for p in study.verdicts] == [
+        ("batch", "none"), ("layer", "none"),
+    ]  # fmt: skip
+    assert [(p.variant, p.reference) for p in study.pairs] == [
+        ("batch", "none"), ("layer", "none"), ("layer", "batch"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "decision"),
+    [
+        ([0.02, 0.021, 0.019, 0.022], None, "better"),
+        ([-0.02, -0.021, -0.019, -0.022], None, "worse"),
+        ([0.001, -0.001, 0.0005, 0.0], 0.005, "equivalent"),
+        ([0.02, -0.03, 0.01, 0.0], 0.005, "cannot tell"),
+        ([0.001, -0.001, 0.0005, 0.0], None, "cannot tell"),
+    ],
+)
+def test_a_verdict_follows_the_paired_differences(differences, margin, decision):
+    base = np.array([0.5, 0.7, 0.6, 0.9])  # spread that pairing takes out
+    study = study_of({"none": base, "batch": base + differences}, margin=margin)
+    assert study.verdicts[0].decision == decision
+    assert decision in study.sentences()[0]
+
+
+def test_a_study_without_a_common_seed_cannot_tell():
+    study = study_of({"none": [0.9, None], "batch": [None, 0.9]})
+    assert study.verdicts[0].decision == "cannot tell"
+    assert "only 0 seeds" in study.sentences()[0]
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+def quick(**options):
+    """Tokens of a command that takes a second."""
+    chosen = {
+        "data": "iris", "norm": "none,batch", "batch_size": "8,16", "seeds": 2, "epochs": 2,
+        "widths": 8, "processes": 0, **options,
+    }  # fmt: skip
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in chosen.items()]
+    return ("compare", *(token for pair in pairs for token in pair))
+
+
+def test_json_is_one_object_with_rows_pairs_and_verdicts(cli, tmp_path):
+    code, out, _ = cli(*quick(margin=0.01), "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert len(told["rows"]) == 8
+    assert [(p["variant"], p["reference"]) for p in told["verdicts"]] == [
+        ("batch/8", "none/8"), ("batch/16", "none/16"),
+    ]  # fmt: skip
+    assert len(told["pairs"]) == 2
+    assert (tmp_path / "study.sqlite").exists()
+
+
+def test_the_table_has_a_line_for_each_variant_and_verdicts_follow(cli):
+    code, out, err = cli(*quick(), "--quiet")
+    assert code == 0
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].split()[:3] == ["variant", "n", "mean"]
+    assert [line.split()[0] for line in lines[1:5]] == ["none/8", "batch/8", "none/16", "batch/16"]
+    assert sum(line.startswith("batch size ") for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"norm": "none,bach"}, "unknown norm 'bach'; choose one of"),
+        ({"norm": "none,none"}, "norms must be at least one, and all different"),
+        ({"norm": ""}, "norms must be at least one"),
+        ({"batch_size": "4,x"}, "batch_size must be integers"),
+        ({"batch_size": "0"}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": "8,8"}, "batch_size must be at least one, and all different"),
+        ({"seeds": "0"}, "seeds must be at least one"),
+        ({"lr": "fast"}, "lr must be recipe, tune or a number, got 'fast'"),
+        ({"lr": "-1"}, "lr must be a finite number above 0"),
+        ({"lr": "tune", "grid": "a"}, "grid must be numbers"),
+        ({"lr": "tune", "tuning_seeds": 0}, "one tuning seed"),
+        ({"margin": "0"}, "margin must be above 0"),
+        ({"metric": "speed"}, "unknown metric 'speed'"),
+        ({"data": "nowhere"}, "'nowhere' is neither"),
+        ({"model": "convnet"}, "convnet needs images"),
+        ({"processes": "-1"}, "processes must be at least 0"),
+        ({"out": "report.pdf"}, "--out must end in .html, .md, .csv, .json"),
+        ({"store": "."}, "cannot serve as a study's store"),
+        ({"engine": "spark"}, "unknown engine 'spark'"),
+        ({"seed": "3"}, "--seed"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(cli, options, text):
+    code, out, err = cli(*quick(**options))
+    assert code == 2
+    assert text in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
+
+
+def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(cli, tmp_path):
+    (tmp_path / "notes.txt").write_text("these are notes, " * 100)
+    code, _, err = cli(*quick(store="notes.txt"))
+    assert code == 2
+    assert "notes.txt: cannot serve as a study's store" in err
+    assert (tmp_path / "notes.txt").read_text().startswith("these are notes")
+
+
+def test_values_that_are_several_make_variants(cli):
+    tokens = quick(dropout="0,0.5", norm_position="before,after", batch_size=8, seeds=1)
+    _, out, _ = cli(*tokens, "--json")
+    told = json.loads(out)
+    assert [s["variant"] for s in told["summaries"]] == [
+        f"{norm}/8/{position}/{dropout}" for position in ("before", "after")
+        for dropout in (0.0, 0.5) for norm in ("none", "batch")
+    ]  # fmt: skip
+    assert all(p["variant"].split("/")[1:] == p["reference"].split("/")[1:] for p in told["pairs"])
+
+
+# Reports ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small(lr="tune", grid=(0.01, 0.1), tuning_seeds=1, margin=0.01)
+
+
+def test_the_page_stands_alone_and_says_the_verdicts_first(study, tmp_path):
+    report.write(study, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "http-equiv" not in page
+    assert "src=" not in page
+    assert "<link" not in page
+    assert page.index("batch size 16: ") < page.index("<svg")
+    assert page.count("<svg") == 2 + 2 + 2
+    assert "prefers-color-scheme: dark" in page
+    assert not [c for c in ("#010203", "#1a2b3", ">nan") if c in page]
+
+
+def test_csv_has_a_line_for_each_run_and_markdown_the_table(study, tmp_path):
+    report.write(study, tmp_path / "r.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
+    assert len(rows) == 8 + 8
+    assert [float(r["test_accuracy"]) for r in rows[:8]] == [r.test_accuracy for r in study.rows]
+    report.write(study, tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text()
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 4
+    assert "- batch size 16: " in text
+
+
+def test_a_study_of_nothing_but_failures_still_has_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "perform", lambda self, trial: failed(trial, "no <luck>"))
+    study = small()
+    for name in ("r.html", "r.md", "r.csv", "r.json"):
+        report.write(study, tmp_path / name)
+    assert "no &lt;luck&gt;" in (tmp_path / "r.html").read_text()
+    assert [s.mean for s in study.summaries()] == [None] * 4
