@@ -678,8 +678,8 @@ def sentence(pair: Pair, metric: str, margin: float | None) -> str:
     said = {
         "better": f"{norm} is better than {reference}",
         "worse": f"{norm} is worse than {reference}",
-        "equivalent": f"{norm} and {reference} are equivalent within "
-        f"{factor * (margin or 0):g} {unit}",
+        "equivalent": f"{norm} and {reference} are equivalent (margin {factor * (margin or 0):g} "
+        f"{unit})",
         "cannot tell": f"cannot tell {norm} from {reference}",
     }[pair.decision]
     if pair.difference is None or pair.low is None or pair.high is None or pair.p is None:

@@ -228,4 +228,6 @@ def _title(study: Study) -> str:
 
 
 def _command(study: Study) -> str:
-    return shlex.join(study.provenance["command"])
+    program, *rest = study.provenance["command"]
+    started = ["truenorm"] if program in ("truenorm", "__main__.py") else ["python", program]
+    return shlex.join([*started, *rest])
