@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from torch import nn
 
 import truenorm
 from conftest import blobs
-from truenorm import ModelSpec, Splits, TrainConfig, build, compare, dataset
+from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
+from truenorm.plan import Variant
 from truenorm.report import study as report
 from truenorm.sources import Uncut, uncut
 from truenorm.study import tuning_loss
@@ -187,6 +189,12 @@ def test_a_failed_run_is_a_row_with_its_error_and_is_run_again_only_when_asked(
     assert small(store=store).rows == again.rows
 
 
+def test_a_batch_that_cannot_be_normalized_fails_its_own_runs_alone():
+    study = small(batch_sizes=(1,), seeds=1)
+    assert [row.error is None for row in study.rows] == [True, False]
+    assert study.rows[1].error.startswith("InputError: batch norm cannot normalize a batch of 1")
+
+
 def test_a_diverged_run_is_counted_and_judged_by_what_it_left():
     splits = truenorm.load(blobs(150))
     far = Splits(splits.train, splits.valid, splits.test, splits.scaling)
@@ -286,6 +294,95 @@ def test_workers_that_cannot_start_end_the_study(monkeypatch):
         small(processes=1)
 
 
+# Ray -------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """As much of ray's interface as the engine uses, in this process; some calls' actors die."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, deaths=()):
+        self.deaths, self.calls, self.up, self.killed = set(deaths), 0, False, 0
+
+    def is_initialized(self):
+        return self.up
+
+    def init(self, **_):
+        self.up = True
+
+    def shutdown(self):
+        self.up = False
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def put(self, value):
+        return value
+
+    def kill(self, actor):
+        self.killed += 1
+
+    def remote(self, **_):
+        def hire(kind):
+            def create(*args):
+                held = kind(*args)
+                return SimpleNamespace(
+                    perform=SimpleNamespace(remote=lambda t: (id(object()), self._call(held, t)))
+                )
+
+            return SimpleNamespace(remote=create)
+
+        return hire
+
+    def _call(self, held, trial):
+        self.calls += 1
+        return None if self.calls in self.deaths else held.perform(trial)
+
+    def wait(self, refs, num_returns):
+        return refs[-num_returns:], refs[:-num_returns]
+
+    def get(self, ref):
+        if ref[1] is None:
+            raise self.exceptions.RayError("died")
+        return ref[1]
+
+
+def test_the_ray_engine_gives_the_same_rows_though_actors_die(monkeypatch):
+    ray = StandIn(deaths={2, 5})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert timeless(small(engine="ray", processes=None)) == timeless(small())
+    assert (ray.calls, ray.up) == (10, False)
+
+
+def test_the_ray_engine_gives_up_a_run_after_three_deaths(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", StandIn(deaths={1, 2, 3}))
+    study = small(engine="ray", processes=1, norms=("none",), batch_sizes=(16,))
+    assert [row.error for row in study.rows] == ["its worker process died 3 times (RayError)", None]
+
+
+def test_a_cluster_that_was_there_before_stays(monkeypatch):
+    ray = StandIn()
+    ray.init()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    small(engine="ray", processes=None)
+    assert ray.up
+    assert ray.killed == 2
+
+
+def test_without_ray_its_engine_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'truenorm\[cluster\]'"):
+        small(engine="ray")
+
+
+def test_a_real_ray_cluster_gives_the_same_rows():
+    pytest.importorskip("ray")
+    assert timeless(small(engine="ray", processes=2)) == timeless(small())
+
+
 COMMAND = [
     "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32", "--seeds", "4",
     "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
@@ -355,7 +452,7 @@ def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
 
 def study_of(scores, **options):
     """A study with the given test accuracies by variant."""
-    from truenorm.study import Variant, conclude
+    from truenorm.study import conclude
 
     variants = [
         Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))

@@ -200,7 +200,7 @@ def compare(
     processes
         Worker processes, each on one thread; by default one for each core.
     engine
-        local.
+        local, or ray: a Ray cluster, which needs the extra cluster.
     store
         The SQLite file of finished runs.
     retry

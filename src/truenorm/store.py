@@ -42,8 +42,10 @@ class Store:
             self._file.execute(_TABLE)
             self._file.execute("SELECT key, error, row FROM runs LIMIT 1")
 
-    def close(self) -> None:
-        """Close the file; what was added is kept."""
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def rows(self, keys: Iterable[str]) -> dict[str, Row]:

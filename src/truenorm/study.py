@@ -4,86 +4,29 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from truenorm import sources
-from truenorm.config import TrainConfig
-from truenorm.config import recipe as recipe_for
+from truenorm.cluster import RayPool
 from truenorm.data import Splits
 from truenorm.errors import InputError, choose
-from truenorm.models import ModelSpec, build
+from truenorm.models import build
+from truenorm.plan import GRID, TUNING_SEEDS_FROM, Variant, rates_of, seeds_of, variants_of
 from truenorm.run import environment
 from truenorm.store import Store
 from truenorm.train import device_of
-from truenorm.trial import Part, Row, Trial
+from truenorm.trial import Row, Trial
+from truenorm.verdicts import Decision, Pair, judge, sentence
 from truenorm.workers import Pool, default_processes
 
 METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
 ENGINES = ("local", "ray")
-GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
-_TUNING_SEEDS_FROM = 1_000_000  # so far from the judged seeds that the two never meet
-_SPEC_FIELDS = {f.name for f in dataclasses.fields(ModelSpec)} - {"name", "norm"}
-_CONFIG_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {
-    *("seed", "lr", "batch_size", "threads")
-}
-
-Decision = Literal["better", "worse", "equivalent", "cannot tell"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train: a model and a config, without seed; ``lr`` is set once it is tuned.
-
-    ``setting`` is what it shares with the variants it is compared with: all but the norm.
-    """
-
-    label: str
-    setting: str
-    spec: ModelSpec
-    config: TrainConfig
-
-    def told(self) -> dict[str, Any]:
-        """The config's fields that are the same in all its runs."""
-        fields = dataclasses.asdict(self.config)
-        return {k: v for k, v in fields.items() if k not in ("seed", "lr", "threads")}
-
-    def trial(self, seed: int, lr: float, part: Part = "judged") -> Trial:
-        """The run of this variant with ``seed`` and ``lr``."""
-        config = dataclasses.replace(self.config, seed=seed, lr=lr)
-        return Trial(self.label, self.spec, config, part)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A paired comparison of two variants over the seeds that both have a figure for.
-
-    Attributes:
-        variant, reference: labels; the difference is the first minus the second.
-        n: seeds.
-        difference, low, high: mean of the metric's differences and its 95 % interval.
-        p: two-sided; in a study's verdicts corrected by Holm over all of them.
-        decision: of the variant, beside its reference.
-        more_seeds: for "cannot tell", how many more would probably (80 %) do, if the observed
-            difference is the true one; None where none can be named.
-    """
-
-    variant: str
-    reference: str
-    setting: str
-    n: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    decision: Decision
-    more_seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -297,7 +240,7 @@ def compare(
         goal: validation accuracy to which epochs and seconds are counted; by default 99 % of
             the best variant's mean.
         processes: by default one for each core; 0 runs all here. Rows do not depend on it.
-        engine: "local".
+        engine: "local", or "ray" for a Ray cluster (extra ``cluster``); rows are the same.
         store: an SQLite file where rows are kept as they come and found again; None for
             memory. What it holds already is not run again.
         retry: run again what failed.
@@ -308,40 +251,34 @@ def compare(
         KeyboardInterrupt: Ctrl-C; finished rows are in the store, and no process is left.
     """
     choose("metric", metric, METRICS)
-    _local_only(choose("engine", engine, ENGINES))
-    judged = _seeds(seeds)
     if margin is not None and not margin > 0:
         raise InputError(f"margin must be above 0, got {margin!r}.")
+    judged, rates = seeds_of(seeds), rates_of(lr, grid, tuning_seeds)
     uncut, splits = _data(data, target, judged[0])
     if metric.startswith("test") and splits.test is None:
         raise InputError(f"{splits.train.name}: has no test part; use the metric valid_accuracy.")
     models = (model,) if isinstance(model, str) else tuple(model)
     varied = {"name": models, "batch_size": tuple(batch_sizes or (None,)), **(changes or {})}
-    variants = _variants(len(splits.train), tuple(norms), varied, recipe)
+    variants = variants_of(len(splits.train), tuple(norms), varied, recipe)
     for variant in variants:  # refuse before anything is run
         build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
         device_of(variant.config.device)
-    rates = _rates(lr, grid, tuning_seeds)
-    count = default_processes() if processes is None else _process_count(processes)
-    held = Store(None if store is None else Path(store))
-    try:
-        with Pool(uncut, count) as pool:
-            runner = _Runner(held, pool, uncut.fingerprint(), len(splits.train), retry, observe)
-            runner.expect(len(variants) * tuning_seeds * len(rates), len(variants) * len(judged))
-            tuning, lrs = _tuned(variants, rates, tuning_seeds, runner)
-            if isinstance(lr, float | int):
-                lrs = {v.label: float(lr) for v in variants}
-            rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
-    finally:
-        held.close()
+    fingerprint, pool = uncut.fingerprint(), _pool(engine, uncut, processes)
+    with Store(None if store is None else Path(store)) as held, pool:
+        runner = _Runner(held, pool, fingerprint, len(splits.train), retry, observe)
+        runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
+        tuning, lrs = _tuned(variants, rates, tuning_seeds, runner)
+        if isinstance(lr, float | int):
+            lrs = {v.label: float(lr) for v in variants}
+        rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
     about = {
-        "data": splits.train.name if not isinstance(data, str) else data,
-        "fingerprint": uncut.fingerprint(),
+        "data": data if isinstance(data, str) else splits.train.name,
+        "fingerprint": fingerprint,
         "store": None if store is None else str(store),
-        "processes": count,
+        "engine": engine,
+        "processes": pool.count,
         "seeds": list(judged),
         "recipe": recipe,
-        "tuned": lr == "tune",
     }
     return conclude(
         variants,
@@ -370,15 +307,10 @@ def conclude(
     scores = {
         v.label: _values([row for row in rows if row.variant == v.label], metric) for v in variants
     }
-    families = [
-        tuple(v for v in variants if v.setting == setting)
-        for setting in dict.fromkeys(v.setting for v in variants)
-    ]
-    within = [(b, a) for family in families for a, b in itertools.combinations(family, 2)]
-    beside = [(v, family[0]) for family in families for v in family[1:]]
-    higher = metric.endswith("accuracy")
-    judge = [(v.label, r.label, v.setting) for v, r in within]
-    verdict = [(v.label, r.label, v.setting) for v, r in beside]
+    settings = {v.setting: [w.label for w in variants if w.setting == v.setting] for v in variants}
+    pairs, verdicts = judge(
+        scores, settings, margin=margin, higher_is_better=metric.endswith("accuracy")
+    )
     return Study(
         tuple(variants),
         tuple(rows),
@@ -387,43 +319,20 @@ def conclude(
         metric,
         margin,
         _goal(variants, rows) if goal is None else goal,
-        tuple(_paired(scores, judge, margin, higher, family=False)),
-        tuple(_paired(scores, verdict, margin, higher, family=True)),
+        tuple(pairs),
+        tuple(verdicts),
         provenance,
     )
 
 
-# The plan ------------------------------------------------------------------------------------
-
-
-def _local_only(engine: str) -> None:
-    if engine != "ray":
-        return
-    try:
-        import ray  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "engine 'ray' needs the package ray: pip install 'truenorm[cluster]'."
-        ) from error
-    raise InputError("engine 'ray' is not built yet; use --engine local.")
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"seeds must be at least one, and all different, got {seeds!r}.")
-    if not all(0 <= s < _TUNING_SEEDS_FROM for s in chosen):
-        raise InputError(
-            f"seeds must lie in [0, {_TUNING_SEEDS_FROM}), beyond which tuning has its own; "
-            f"got {seeds!r}."
-        )
-    return chosen
-
-
-def _process_count(processes: int) -> int:
-    if processes < 0:
+def _pool(engine: str, uncut: sources.Uncut, processes: int | None) -> Pool | RayPool:
+    """What runs the trials; of a cluster None processes are as many as it has cores."""
+    if processes is not None and processes < 0:
         raise InputError(f"processes must be at least 0, got {processes!r}.")
-    return processes
+    choose("engine", engine, ENGINES)
+    if engine == "ray":
+        return RayPool(uncut, processes)
+    return Pool(uncut, default_processes() if processes is None else processes)
 
 
 def _data(data: Any, target: str | None, seed: int) -> tuple[sources.Uncut, Splits]:
@@ -431,63 +340,6 @@ def _data(data: Any, target: str | None, seed: int) -> tuple[sources.Uncut, Spli
         return sources.Uncut(data.train, data.test, data.valid, data.scaling), data
     uncut = sources.uncut(data, target=target)
     return uncut, uncut.cut(seed)
-
-
-def _variants(
-    examples: int, norms: tuple[str, ...], varied: dict[str, Any], recipe: str
-) -> list[Variant]:
-    """Every combination of values; within a setting the norms follow in their order."""
-    unknown = varied.keys() - _SPEC_FIELDS - _CONFIG_FIELDS - {"name", "batch_size"}
-    if unknown:
-        raise InputError(
-            f"changes cannot hold {', '.join(sorted(unknown))}; fields of ModelSpec and "
-            "TrainConfig can stand there but norm, batch_size, lr, seed and threads."
-        )
-    choices = {name: _choices(name, value) for name, value in varied.items()}
-    for name, values in {"norms": norms, **choices}.items():
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{name} must be at least one, and all different, got {values!r}.")
-    several = [n for n, values in choices.items() if len(values) > 1 and n != "batch_size"]
-    variants = []
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
-        told = {k: v for k, v in chosen.items() if k in _CONFIG_FIELDS}
-        if chosen["batch_size"] is not None:
-            told["batch_size"] = chosen["batch_size"]
-        config = recipe_for(recipe, chosen["name"], examples, **told)
-        built = {k: v for k, v in chosen.items() if k in _SPEC_FIELDS | {"name"}}
-        extra = [f"{'model' if n == 'name' else n} {chosen[n]}" for n in several]
-        setting = ", ".join([f"batch size {config.batch_size}", *extra])
-        for norm in norms:
-            label = "/".join([norm, str(config.batch_size), *(str(chosen[n]) for n in several)])
-            variants.append(Variant(label, setting, ModelSpec(norm=norm, **built), config))  # type: ignore[arg-type]
-    labels = [v.label for v in variants]
-    twice = [label for i, label in enumerate(labels) if label in labels[:i]]
-    if twice:
-        raise InputError(f"two variants are {twice[0]}; leave one of the two values out.")
-    return variants
-
-
-def _choices(name: str, value: Any) -> tuple[Any, ...]:
-    several = isinstance(value, list | tuple)
-    if name == "widths":
-        several = several and any(w is None or isinstance(w, list | tuple) for w in value)
-        return tuple(None if w is None else tuple(w) for w in (value if several else (value,)))
-    return tuple(value) if several else (value,)
-
-
-def _rates(lr: float | str, grid: Sequence[float], tuning_seeds: int) -> tuple[float, ...]:
-    """The learning rates to try for each variant; none where nothing is tuned."""
-    if isinstance(lr, str) and lr not in ("recipe", "tune"):
-        raise InputError(f"lr must be recipe, tune or a number, got {lr!r}.")
-    rates = tuple(grid) if lr == "tune" else () if isinstance(lr, str) else (lr,)
-    for rate in rates:
-        TrainConfig(lr=rate)  # refuses what is no rate
-    if lr != "tune":
-        return ()
-    if not rates or tuning_seeds < 1:
-        raise InputError("tuning needs at least one learning rate and one tuning seed.")
-    return tuple(sorted(set(rates)))
 
 
 # The runs ------------------------------------------------------------------------------------
@@ -498,16 +350,15 @@ class _Runner:
     """Gets rows: from the store where they are, else from the pool and into the store."""
 
     store: Store
-    pool: Pool
+    pool: Pool | RayPool
     fingerprint: str
     examples: int
     retry: bool
     observe: Observer | None
 
-    def expect(self, tuning: int, judged: int) -> None:
+    def expect(self, runs: int) -> None:
         """Say how many runs there will be."""
-        self.total_runs, self.runs = tuning + judged, 0
-        self.steps = 0
+        self.total_runs, self.runs, self.steps = runs, 0, 0
 
     def rows(self, trials: Iterable[Trial]) -> list[Row]:
         """The rows of ``trials``, in their order."""
@@ -547,7 +398,7 @@ def _tuned(
     own = {v.label: v.config.lr for v in variants}
     if not rates:
         return [], own
-    tried = range(_TUNING_SEEDS_FROM, _TUNING_SEEDS_FROM + seeds)
+    tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
     trials = [v.trial(s, rate, "tuning") for v in variants for rate in rates for s in tried]
     rows = runner.rows(trials)
 
@@ -597,108 +448,6 @@ def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:
         if reached:
             means.append(sum(reached) / len(reached))
     return 0.99 * max(means) if means else None
-
-
-def _paired(
-    scores: dict[str, np.ndarray[Any, Any]],
-    pairs: Sequence[tuple[str, str, str]],
-    margin: float | None,
-    higher_is_better: bool,
-    *,
-    family: bool,
-) -> list[Pair]:
-    """Compare each (variant, reference, setting) seed by seed; Holm's correction if a family."""
-    from scipy import stats
-
-    found: list[Pair] = []
-    for variant, reference, setting in pairs:
-        d = scores[variant] - scores[reference]
-        d = d[~np.isnan(d)]
-        n, mean = len(d), float(d.mean()) if len(d) else None
-        if n < 2 or mean is None:
-            found.append(
-                Pair(variant, reference, setting, n, mean, None, None, None, "cannot tell")
-            )
-            continue
-        error = float(d.std(ddof=1)) / math.sqrt(n)
-        half = float(stats.t.ppf(0.975, n - 1)) * error
-        # Equal differences have no t; the sign-flip test of n equal signs still has a p.
-        p = (
-            2 * float(stats.t.sf(abs(mean) / error, n - 1))
-            if error
-            else 2.0 ** (1 - n)
-            if mean
-            else 1.0
-        )
-        found.append(
-            Pair(variant, reference, setting, n, mean, mean - half, mean + half, p, "cannot tell")
-        )
-    if family:
-        found = _holm(found)
-    return [_decided(pair, margin, higher_is_better) for pair in found]
-
-
-def _holm(pairs: list[Pair]) -> list[Pair]:
-    order = sorted((p.p, i) for i, p in enumerate(pairs) if p.p is not None)
-    corrected, floor = list(pairs), 0.0
-    for rank, (p, i) in enumerate(order):
-        floor = max(floor, min(1.0, p * (len(order) - rank)))
-        corrected[i] = dataclasses.replace(pairs[i], p=floor)
-    return corrected
-
-
-def _decided(pair: Pair, margin: float | None, higher_is_better: bool) -> Pair:
-    if pair.p is None or pair.difference is None or pair.low is None or pair.high is None:
-        return pair
-    if margin is not None and -margin < pair.low and pair.high < margin:
-        return dataclasses.replace(pair, decision="equivalent")
-    if pair.p <= 0.05:
-        gains = (pair.difference > 0) == higher_is_better
-        return dataclasses.replace(pair, decision="better" if gains else "worse")
-    return dataclasses.replace(pair, more_seeds=_more_seeds(pair))
-
-
-def _more_seeds(pair: Pair) -> int | None:
-    """Seeds lacking to 80 % power at 5 %, by the normal approximation."""
-    from scipy import stats
-
-    assert pair.difference is not None
-    assert pair.high is not None
-    if not pair.difference:
-        return None
-    sd = (pair.high - pair.difference) / float(stats.t.ppf(0.975, pair.n - 1)) * math.sqrt(pair.n)
-    needed = math.ceil(((1.96 + 0.8416) * sd / pair.difference) ** 2) + 2
-    return max(1, needed - pair.n) if needed < 10_000 else None
-
-
-def sentence(pair: Pair, metric: str, margin: float | None) -> str:
-    """A verdict in words."""
-    norm, reference = (label.split("/")[0] for label in (pair.variant, pair.reference))
-    unit, factor = ("points", 100.0) if metric.endswith("accuracy") else ("nats", 1.0)
-    said = {
-        "better": f"{norm} is better than {reference}",
-        "worse": f"{norm} is worse than {reference}",
-        "equivalent": f"{norm} and {reference} are equivalent (margin {factor * (margin or 0):g} "
-        f"{unit})",
-        "cannot tell": f"cannot tell {norm} from {reference}",
-    }[pair.decision]
-    if pair.difference is None or pair.low is None or pair.high is None or pair.p is None:
-        seeds = "1 seed has" if pair.n == 1 else f"{pair.n} seeds have"
-        return f"{pair.setting}: {said}: only {seeds} both figures."
-    figures = (
-        f"{factor * pair.difference:+.2f} {unit} of {metric.replace('_', ' ')} "
-        f"(95 % interval {factor * pair.low:+.2f} to {factor * pair.high:+.2f}, "
-        f"p {pair.p:.2g}, {pair.n} seeds)"
-    )
-    return f"{pair.setting}: {said}: {figures}.{_outlook(pair)}"
-
-
-def _outlook(pair: Pair) -> str:
-    if pair.decision != "cannot tell":
-        return ""
-    if pair.more_seeds is None:
-        return " No reasonable number of seeds would tell, if this difference is the true one."
-    return f" About {pair.more_seeds:,} more seeds would, if this difference is the true one."
 
 
 def _at_the_edge(tuning: Sequence[Row], lrs: dict[str, float]) -> list[str]:

@@ -20,6 +20,7 @@ from truenorm.sources import Uncut
 from truenorm.train import History, fit, threads
 
 Part = Literal["judged", "tuning"]
+ATTEMPTS = 3  # a run is run again twice when its process dies
 
 
 @dataclass(frozen=True)

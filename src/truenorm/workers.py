@@ -31,9 +31,8 @@ from torch import Tensor
 
 from truenorm.data import Dataset, Scaling
 from truenorm.sources import Uncut
-from truenorm.trial import Bench, Row, Trial, failed
+from truenorm.trial import ATTEMPTS, Bench, Row, Trial, failed
 
-_ATTEMPTS = 3  # a run is run again twice when its worker dies
 _PARTS = ("train", "test", "valid")
 
 
@@ -217,7 +216,7 @@ class Pool:
                 raise RuntimeError(f"the study's worker processes do not start ({how})")
             return None
         trial, attempt = worker.busy
-        if attempt < _ATTEMPTS:
+        if attempt < ATTEMPTS:
             waiting.appendleft((trial, attempt + 1))
             return None
         return trial, failed(trial, f"its worker process died {attempt} times ({how})")

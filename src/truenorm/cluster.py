@@ -1,0 +1,92 @@
+"""Trials on a Ray cluster, by the extra ``cluster``: the rows are those of local processes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from truenorm.errors import InputError
+from truenorm.sources import Uncut
+from truenorm.trial import ATTEMPTS, Bench, Row, Trial, failed
+
+
+def _ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            "engine 'ray' needs the package ray: pip install 'truenorm[cluster]'."
+        ) from error
+    return ray  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class RayPool:
+    """Ray actors over ``data``, ``count`` or one for each core of the cluster.
+
+    Joins the cluster that ``ray.init()`` finds (RAY_ADDRESS), else starts one on this machine
+    and ends it with the context.
+
+    Raises:
+        InputError: ray is not installed.
+    """
+
+    data: Uncut
+    count: int | None
+
+    def __post_init__(self) -> None:
+        self.ray = _ray()
+
+    def __enter__(self) -> RayPool:
+        self._started = not self.ray.is_initialized()
+        if self._started:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            self.ray.init(log_to_driver=False, include_dashboard=False)
+        cores = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+        self.count = min(self.count or cores, cores)
+        self._data = self.ray.put(self.data)
+        self._idle: list[Any] = []
+        self._actors: list[Any] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            self.ray.kill(actor)
+        if self._started:
+            self.ray.shutdown()
+
+    def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Row]]:
+        """Run ``trials`` and yield each with its row, as they come."""
+        waiting = deque((trial, 1) for trial in trials)
+        working: dict[Any, tuple[Any, Trial, int]] = {}
+        while waiting or working:
+            while waiting and (actor := self._free()) is not None:
+                trial, attempt = waiting.popleft()
+                working[actor.perform.remote(trial)] = (actor, trial, attempt)
+            done, _ = self.ray.wait(list(working), num_returns=1)
+            actor, trial, attempt = working.pop(done[0])
+            try:
+                row = self.ray.get(done[0])
+                self._idle.append(actor)
+            except self.ray.exceptions.RayError as error:  # its process died
+                self._actors.remove(actor)
+                if attempt < ATTEMPTS:
+                    waiting.appendleft((trial, attempt + 1))
+                    continue
+                text = f"its worker process died {attempt} times ({type(error).__name__})"
+                row = failed(trial, text)
+            yield trial, row
+
+    def _free(self) -> Any:
+        """An actor with nothing to do, a new one if there may be more, or None."""
+        assert self.count is not None
+        if self._idle:
+            return self._idle.pop()
+        if len(self._actors) == self.count:
+            return None
+        self._actors.append(self.ray.remote(num_cpus=1)(Bench).remote(self._data))
+        return self._actors[-1]
