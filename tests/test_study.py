@@ -251,6 +251,16 @@ def test_a_rate_chosen_at_the_grids_end_is_said():
     assert "largest" not in str(small())
 
 
+def test_progress_runs_over_tuning_and_judged_runs_together():
+    told = []
+    small(lr="tune", grid=(0.01, 0.03), tuning_seeds=1, observe=told.append)
+    assert [t.runs for t in told if t.row is not None] == list(range(1, 17))
+    assert {t.total_runs for t in told} == {16}
+    assert len({t.total_steps for t in told}) == 1
+    assert [t.steps for t in told] == sorted(t.steps for t in told)
+    assert told[-1].steps == told[-1].total_steps
+
+
 # Killing ---------------------------------------------------------------------------------------
 
 

@@ -267,7 +267,8 @@ def compare(
     with Store(None if store is None else Path(store)) as held, pool:
         runner = _Runner(held, pool, fingerprint, len(splits.train), retry, observe)
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
-        tuning, lrs = _tuned(variants, rates, tuning_seeds, runner)
+        ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
+        tuning, lrs = _tuned(variants, rates, tuning_seeds, runner, ahead)
         if isinstance(lr, float | int):
             lrs = {v.label: float(lr) for v in variants}
         rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
@@ -360,16 +361,16 @@ class _Runner:
         """Say how many runs there will be."""
         self.total_runs, self.runs, self.steps = runs, 0, 0
 
-    def rows(self, trials: Iterable[Trial]) -> list[Row]:
-        """The rows of ``trials``, in their order."""
+    def rows(self, trials: Iterable[Trial], ahead: Sequence[Trial] = ()) -> list[Row]:
+        """The rows of ``trials``, in their order; ``ahead`` are about as long as what follows."""
         asked = {trial.key(self.fingerprint): trial for trial in trials}
         found = self.store.rows(asked)
         if self.retry:
             found = {key: row for key, row in found.items() if row.error is None}
         missing = {trial: key for key, trial in asked.items() if key not in found}
-        total = sum(map(self._steps, missing))
+        left = sum(map(self._steps, [*missing, *ahead]))
         self.runs += len(found)
-        self._tell(total, None)
+        self._tell(left, None)
         # A seed's variants together, so that a worker cuts the data once; long runs first.
         order = sorted(missing, key=lambda t: (t.config.seed, -self._steps(t)))
         for trial, row in self.pool.run(order):
@@ -377,8 +378,8 @@ class _Runner:
             found[missing[trial]] = row
             self.runs += 1
             self.steps += self._steps(trial)
-            total -= self._steps(trial)
-            self._tell(total, row)
+            left -= self._steps(trial)
+            self._tell(left, row)
         return [
             dataclasses.replace(found[key], variant=trial.variant) for key, trial in asked.items()
         ]
@@ -392,7 +393,11 @@ class _Runner:
 
 
 def _tuned(
-    variants: Sequence[Variant], rates: Sequence[float], seeds: int, runner: _Runner
+    variants: Sequence[Variant],
+    rates: Sequence[float],
+    seeds: int,
+    runner: _Runner,
+    ahead: Sequence[Trial],
 ) -> tuple[list[Row], dict[str, float]]:
     """Rows of the tuning runs, and each variant's learning rate: the recipe's without any."""
     own = {v.label: v.config.lr for v in variants}
@@ -400,7 +405,7 @@ def _tuned(
         return [], own
     tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
     trials = [v.trial(s, rate, "tuning") for v in variants for rate in rates for s in tried]
-    rows = runner.rows(trials)
+    rows = runner.rows(trials, ahead)
 
     def loss(label: str, rate: float) -> float:
         return tuning_loss([row for row in rows if (row.variant, row.lr) == (label, rate)])
