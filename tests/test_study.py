@@ -3,10 +3,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,6 +298,21 @@ def test_a_run_whose_worker_dies_three_times_is_a_row_with_the_error(monkeypatch
     assert asked == [1, 2, 3]
     assert study.rows[0].error is None
     assert "died 3 times (status -9" in study.rows[1].error
+
+
+def test_a_script_without_a_main_guard_starts_studies_from_wherever_it_imports(tmp_path):
+    script = tmp_path / "script.py"
+    folder = str(Path(truenorm.__file__).parents[1])
+    script.write_text(
+        f"import sys; sys.path.append({folder!r})\nimport truenorm\n"
+        "study = truenorm.compare('iris', norms=['none'], seeds=1, changes={'epochs': 1},"
+        " processes=1)\nprint(study.rows[0].error, study.rows[0].epochs)\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, script], env=clean, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "None 1\n"
 
 
 def test_workers_that_cannot_start_end_the_study(monkeypatch):

@@ -1,9 +1,9 @@
 """Trials on many processes: each loads torch once, runs on one thread, and maps the same data.
 
-A worker is ``python -m truenorm.workers``. It reads a line of JSON for each trial and answers
-with a line for each row. It needs nothing of the caller's ``__main__``, so scripts and
-notebooks can start studies alike, and it ends when its standard input does, so that none
-outlives a parent that was killed.
+A worker reads a line of JSON for each trial and answers with a line for each row. Unlike
+multiprocessing's it needs nothing of the caller's ``__main__``, so scripts and notebooks can
+start studies alike; and it ends when its standard input does, so that none outlives a parent
+that was killed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ from truenorm.data import Dataset, Scaling
 from truenorm.sources import Uncut
 from truenorm.trial import ATTEMPTS, Bench, Row, Trial, failed
 
+# The caller's import path, so that a worker imports the very same packages.
+_START = """
+import json, pathlib, sys
+sys.path[:] = json.loads(sys.argv[2])
+from truenorm.workers import serve
+serve(pathlib.Path(sys.argv[1]))
+"""
 _PARTS = ("train", "test", "valid")
 
 
@@ -94,16 +101,14 @@ class _Worker:
     @classmethod
     def start(cls, data: Path) -> _Worker:
         single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-        ours = str(Path(__file__).parents[1])
-        paths = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
         complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop()
         process = subprocess.Popen(
-            [sys.executable, "-m", "truenorm.workers", str(data)],
+            [sys.executable, "-P", "-c", _START, str(data), json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
-            env={**os.environ, **single, "PYTHONPATH": paths},
+            env={**os.environ, **single},
         )
         return cls(process, complaints)
 
@@ -246,7 +251,3 @@ def _read(trials: queue.SimpleQueue[str], folder: Path) -> None:
     # The parent was killed: nobody would read the row of the run at work, or clear up.
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
