@@ -304,13 +304,18 @@ def test_a_script_without_a_main_guard_starts_studies_from_wherever_it_imports(t
     script = tmp_path / "script.py"
     folder = str(Path(truenorm.__file__).parents[1])
     script.write_text(
-        f"import sys; sys.path.append({folder!r})\nimport truenorm\n"
+        f"import sys; sys.path.insert(0, {folder!r})\nimport truenorm\n"
         "study = truenorm.compare('iris', norms=['none'], seeds=1, changes={'epochs': 1},"
         " processes=1)\nprint(study.rows[0].error, study.rows[0].epochs)\n"
     )
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, script], env=clean, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, script],
+        env=clean,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "None 1\n"
 
