@@ -17,7 +17,7 @@ class Affine(NamedTuple):
     """y = scale * x + shift for each channel; (C,) each, float64."""
 
     scale: Tensor
-    shift: Tensor  # type: ignore[assignment]
+    shift: Tensor
 
     def after(self, first: Affine) -> Affine:
         """``first``, then this one."""
@@ -96,7 +96,7 @@ class Weighted(NamedTuple):
             return changed
         if padded:
             return changed._replace(border=reach)
-        total = reach.flatten(2).sum(2).flatten()
+        total = reach.flatten(1).sum(1)  # of a layout (O, 1, *K): transposed ones are padded
         return changed._replace(bias=total if self.bias is None else self.bias + total)
 
 

@@ -26,6 +26,10 @@ _READS = {
     *("__bool__", "__float__", "__int__", "__index__", "__complex__"),
     *("__array__", "__dlpack__", "__contains__"),
 }
+# Of their second tensor these take the shape alone, or the type.
+_LIKE = {"reshape_as", "view_as", "expand_as", "type_as", "to"}
+_LIKE_ONE = {"zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like"}
+_LIKE_ONE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
 
 @dataclass
@@ -142,14 +146,14 @@ class _Recorder(TorchFunctionMode):
 
     def note(self, func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> None:
         """One operation and what it made: a node for each tensor."""
+        args, like = _without_likes(name, args)
         tensors = list(tensors_in((args, kwargs)))
-        # Of an operation in place the tensor taken is the tensor made: ask before noting.
         taken = [n for tensor in tensors if (n := self.number_of(tensor)) is not None]
         inputs = tuple(dict.fromkeys(taken))
         held = tuple(self._held[id(t)] for t in tensors if id(t) in self._held)
         direct = sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
         alone = len(tensors) == len(taken) == direct == 1
-        again = _again(func, args, kwargs) if alone else None
+        again = _again(func, (*args, *like), kwargs) if alone else None
         plain = {k: v for k, v in kwargs.items() if next(tensors_in(v), None) is None}
         positional = tuple(a if next(tensors_in(a), None) is None else None for a in args)
         told: dict[str, Any] = {"keywords": plain, "held": held}
@@ -216,9 +220,18 @@ class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+def _without_likes(name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments whose values count, and empty tensors like the one whose values do not."""
+    if name in _LIKE_ONE and args and isinstance(args[0], Tensor):
+        return args[1:], ()
+    if name in _LIKE and len(args) == 2 and isinstance(args[1], Tensor):
+        return args[:1], (args[1].detach().to("meta"),)
+    return args, ()
+
+
 def _again(func: Any, args: Any, kwargs: Any) -> Callable[[Tensor], Any]:
     """``func`` with the one tensor among its arguments left open; keeps no tensor."""
-    places = [isinstance(a, Tensor) for a in args]
+    places = [isinstance(a, Tensor) and not a.is_meta for a in args]
     rest = [None if here else a for a, here in zip(args, places, strict=True)]
     names = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
     others = {k: v for k, v in kwargs.items() if k not in names}

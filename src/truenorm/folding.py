@@ -26,7 +26,6 @@ from truenorm.calling import mapped, tensors_in
 from truenorm.data import Scaling
 from truenorm.errors import InputError
 from truenorm.flow import Call, Flow, Node, flow_of
-from truenorm.functional import statistics_dtype
 from truenorm.layers import BatchNorm
 from truenorm.remnants import Cast, Function, RawInput, Remainder, ScaleShift, Shifted
 from truenorm.wiring import Neighbour, Partner, Refused, Weights, Wiring, hooks_of
@@ -163,7 +162,7 @@ def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     return RawInput(model, _tensor(shift), _tensor(scale))
 
 
-# -- what is there ----------------------------------------------------------------------------------
+# -- what is there --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -255,7 +254,7 @@ class _Job:
         """Hook ``module`` to see whether it computes what its statistics say."""
 
         def look(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            found = _as_norm(name, module, self.flow, args, kwargs, out)
+            found = _as_norm(name, module, self.flow, (args, kwargs), out)
             if isinstance(found, _Norm):
                 self.norms[name] = found
             else:
@@ -306,16 +305,28 @@ def _normalizes(module: nn.Module) -> bool:
 
 def _not_affine(module: nn.Module, calls: list[Call]) -> str | None:
     """Why a norm cannot be a fixed map of its input."""
-    frozen = isinstance(module, BatchNorm) and module.options.frozen
     mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return "has no running statistics: it normalizes by each batch"
+    return _moving(module) or _unsound(mean, var) or _elsewhere(module, calls)
+
+
+def _moving(module: nn.Module) -> str | None:
+    frozen = isinstance(module, BatchNorm) and module.options.frozen
     if module.training and isinstance(module, _NormBase) and not frozen:
         return "is in train mode; call model.eval() first"
+    return None
+
+
+def _unsound(mean: Tensor, var: Tensor) -> str | None:
     if nn.parameter.is_lazy(mean) or not bool(
         torch.isfinite(mean).all() & torch.isfinite(var).all()
     ):
         return "has statistics that are not finite"
+    return None
+
+
+def _elsewhere(module: nn.Module, calls: list[Call]) -> str | None:
     if not calls:
         return "is not called in the forward of the example"
     if len(calls) > 1:
@@ -326,20 +337,20 @@ def _not_affine(module: nn.Module, calls: list[Call]) -> str | None:
 
 
 def _as_norm(
-    name: str, module: nn.Module, flow: Flow, args: Any, kwargs: Any, out: Any
+    name: str, module: nn.Module, flow: Flow, given: tuple[Any, dict[str, Any]], out: Any
 ) -> _Norm | str:
     """The norm as an affine map and what follows it, or why it is not that."""
     held: Any = module
     weight, bias = getattr(held, "weight", None), getattr(held, "bias", None)
     eps = float(getattr(held, "eps", 1e-5))
     affine = of_statistics(held.running_mean, held.running_var, weight, bias, eps)
-    given = dict(zip(("input", "mask", "residual"), args, strict=False)) | kwargs
-    x, residual = next(tensors_in((args, kwargs))), None
+    named = dict(zip(("input", "mask", "residual"), given[0], strict=False)) | given[1]
+    x, residual = next(tensors_in(given)), None
     steps, activation = [], None
     if isinstance(module, BatchNorm):
-        if given.get("mask") is not None:
+        if named.get("mask") is not None:
             return "is called with a mask"
-        residual, activation = given.get("residual"), module.options.act
+        residual, activation = named.get("residual"), module.options.act
     elif flow.calls_of(name)[0].tensors != 1 or not isinstance(out, Tensor):
         return "does not take one tensor and return one"
     else:
@@ -406,7 +417,7 @@ def _remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | N
         return Cast(getattr(torch, steps[0]))
     made: list[nn.Module] = []
     if kind == "scale and shift":
-        made.append(ScaleShift(len(module.running_mean)))  # type: ignore[arg-type]
+        made.append(ScaleShift(module.running_mean))  # type: ignore[arg-type]
     for what, first, *more in steps:
         made.append(module.get_submodule(first) if what == "child" else Function(first, *more))
     if activation is not None:
@@ -449,7 +460,7 @@ def _scaler_as_affine(module: nn.Module, given: Node) -> Affine | None:
     return None if (slope != slope[:, :1]).any() else Affine(slope[:, 0], zero[:, 0])
 
 
-# -- what becomes of it -----------------------------------------------------------------------------
+# -- what becomes of it ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -500,7 +511,7 @@ class _Planner:
 
     def decide(self, name: str) -> None:
         """Into its producer, else into its consumers, else alone; or left, with the reason."""
-        norm, refused = self.job.norms[name], []
+        norm = self.job.norms[name]
         producer = None if norm.scales_input else self.wiring.producer(name)
         if isinstance(producer, Partner):
             self._into_producer(norm, producer)
@@ -511,17 +522,17 @@ class _Planner:
             if why is None:
                 return
             consumers = why
-        refused = [r.reason for r in (producer, consumers) if isinstance(r, Refused)]
-        if norm.scales_input:
-            self.left[name] = refused[0] if refused else "is not followed by weights alone"
-        elif refused and name not in self.merged:
-            self.left[name] = refused[0]
+        reasons = [found.reason for found in (producer, consumers) if isinstance(found, Refused)]
+        if norm.scales_input and not reasons:
+            reasons = ["is not followed by weights alone"]
+        if reasons and name not in self.merged:
+            self.left[name] = "; ".join(reasons)
         else:
             self.fates[name] = ([], name, "scale and shift")
 
     def _into_producer(self, norm: _Norm, partner: Partner) -> None:
         target = self._target(partner.weights)
-        target.after.append(self.affines[norm.name].of_channels(partner.index))
+        target.after.append(self.affines[norm.name].of_channels(partner.channels))
         if norm.bare:
             self.wiring.absorbed.add(norm.name)
         weight = partner.weights.weight
@@ -537,9 +548,9 @@ class _Planner:
         for one in found:
             if isinstance(one, Partner):
                 target = self._target(one.weights)
-                target.before = affine.of_channels(one.index)
+                target.before = affine.of_channels(one.channels)
             else:
-                first = affine.of_channels(one.index)
+                first = affine.of_channels(one.channels)
                 self.affines[one.norm] = self.affines[one.norm].after(first)
                 self.merged.add(one.norm)
         self.wiring.absorbed.add(name)
@@ -669,11 +680,11 @@ def _held(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-# -- the proof of each pair -------------------------------------------------------------------------
+# -- the proof of each pair -----------------------------------------------------------------------
 
 
 class _Prover(TorchFunctionMode):
-    """While the original runs, compares each operation and its norms with what is to replace them."""
+    """While the original runs, compares each operation and its norms with what replaces them."""
 
     def __init__(self, job: _Job, parts: list[_Part]) -> None:
         super().__init__()
@@ -804,7 +815,7 @@ def _prove_alone(job: _Job, part: _Part, name: str, affine: Affine) -> None:
     own = Affine(held.running_var.detach().double().sqrt(), held.running_mean.detach().double())
     u = own.along(noise.to(device))  # as the norm's own statistics tell
     dtype = _dtype_of(module, job.model)
-    there = ScaleShift(len(affine.scale)).to(device=device, dtype=statistics_dtype(u.to(dtype)))
+    there = ScaleShift(held.running_mean)
     _fill(there, affine)
     exact = affine.along(u)
     part.error = max(part.error, _apart(exact, there.to(dtype)(u.to(dtype))))
@@ -823,7 +834,7 @@ def _dtype_of(*models: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-# -- the proof from end to end ----------------------------------------------------------------------
+# -- the proof from end to end --------------------------------------------------------------------
 
 
 def _plan_of(job: _Job, parts: Iterable[_Part]) -> dict[str, Any]:
@@ -870,7 +881,7 @@ def _built(job: _Job, parts: list[_Part], dtype: torch.dtype | None = None) -> n
             _write(inner, target, weights[target.weights.weight])
         for part in parts:
             for name, affine in part.alone.items():
-                _fill(_scale_shift(inner.get_submodule(name)), affine)  # type: ignore[union-attr]
+                _fill(_scale_shift(inner.get_submodule(name)), affine)
     return model
 
 

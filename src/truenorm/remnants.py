@@ -11,19 +11,23 @@ from truenorm.functional import ACTIVATIONS
 
 
 class ScaleShift(nn.Module):
-    """y = scale * x + shift for each channel of x (N, C, *S): what a lone norm is in inference."""
+    """y = scale * x + shift for each channel of x (N, C, *S): what a lone norm is in inference.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        like: a tensor with a value for each channel, of the type and device for the new ones.
+    """
+
+    def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones_like(like))
+        self.register_buffer("shift", torch.zeros_like(like))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift ``x``."""
         view = (-1, *(1,) * (x.ndim - 2))
-        return torch.addcmul(self.shift.view(view), x, self.scale.view(view))
+        return torch.addcmul(self.shift.view(view), x, self.scale.view(view)).to(x.dtype)
 
 
 class Cast(nn.Module):
@@ -78,7 +82,7 @@ class Shifted(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
         self.conv: Any = conv
-        weight = self.conv.weight
+        weight: Any = self.conv.weight
         outputs, kernel = self.conv.out_channels, weight.shape[2:]
         shape = (1, outputs, *kernel) if self.conv.transposed else (outputs, 1, *kernel)
         self.border: Tensor

@@ -61,19 +61,19 @@ class Partner(NamedTuple):
 
     Attributes:
         weights: the operation.
-        index: of a producer, for each output channel the norm's channel; of a consumer, for each
+        channels: of a producer, for each output channel the norm's channel; of a consumer, for each
             input channel the norm's channel.
     """
 
     weights: Weights
-    index: Tensor
+    channels: Tensor
 
 
 class Neighbour(NamedTuple):
-    """A norm behind a norm; ``index`` has, for each of its channels, the first one's channel."""
+    """A norm behind a norm; ``channels`` has, for each of its channels, the first one's."""
 
     norm: str
-    index: Tensor
+    channels: Tensor
 
 
 class Refused(NamedTuple):
@@ -139,7 +139,7 @@ class Wiring:
         axis = _channel_axis(weights, shape, self._parameter(weights.weight).ndim)
         index = _index(shape, axis, chain, 1)
         owner = weights.owner or "(model)"
-        if index is None or len(index) != shape[axis] or len(index.unique()) != len(index):
+        if index is None or len(index) != shape[axis] or len(set(index.tolist())) != len(index):
             return Refused(f"its channels are not the output channels of {owner}")
         channels = torch.empty_like(index)
         channels[index] = torch.arange(len(index))
@@ -282,15 +282,19 @@ def _takes_bias(module: nn.Module, weights: Weights) -> bool:
 
 
 def _same_tensors(model: nn.Module) -> Mapping[str, list[str]]:
-    """For each parameter and buffer all names of what shares its memory."""
+    """For each parameter and buffer all names of what shares its memory.
+
+    A module in several places counts once: it is one module, whatever it is called by.
+    """
     places: dict[object, list[str]] = {}
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in named:
-        place = tensor.untyped_storage().data_ptr() or id(tensor)
-        places.setdefault(place, []).append(name)
+    for prefix, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is None or nn.parameter.is_lazy(tensor):
+                    continue
+                place = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+                name = f"{prefix}.{key}" if prefix else key
+                places.setdefault(place or id(tensor), []).append(name)
     return {name: names for names in places.values() for name in names}
 
 
