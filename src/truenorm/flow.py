@@ -189,10 +189,7 @@ class _Recorder(TorchFunctionMode):
             for tensor in tensors_in((args, kwargs)):
                 self.number_of(tensor)
             out = func(*args, **kwargs)
-            name = (resolve_name(func) or getattr(func, "__name__", "?")).split(".")[-1]
-            if name == "__get__":  # a property: x.T gives a tensor, x.shape does not
-                name = getattr(getattr(func, "__self__", None), "__name__", name)
-            made = list(tensors_in(out))
+            name, made = _name_of(func), list(tensors_in(out))
             if made or name in _READS:
                 self.note(func, name, args, kwargs, made)
         finally:
@@ -214,10 +211,20 @@ class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not recorder.inside:
             recorder.inside = True
             try:
-                recorder.note(func, func.__name__, args, kwargs, list(tensors_in(out)))
+                recorder.note(func, _name_of(func), args, kwargs, list(tensors_in(out)))
             finally:
                 recorder.inside = False
         return out
+
+
+def _name_of(func: Any) -> str:
+    """The bare name of an operation."""
+    if isinstance(func, torch._ops.OpOverload):  # "mul.Tensor", of torch.ops
+        return str(func.overloadpacket.__name__)
+    name: str = (resolve_name(func) or getattr(func, "__name__", "?")).split(".")[-1]
+    if name == "__get__":  # a property: x.T gives a tensor, x.shape does not
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
 
 
 def _without_likes(name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -14,7 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +152,10 @@ def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         outputs = owner.out_channels if transposed else weight.shape[0]
         bias = weight.new_zeros(outputs)  # type: ignore[arg-type]
         owner.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
+    dtype = _dtype_of(model)
     for name, (kind, *more) in plan["norms"].items():
-        model = _put(model, name, _remnant(model.get_submodule(name), kind, *more))
+        there = Cast(dtype) if kind == "cast" else _remnant(model.get_submodule(name), kind, *more)
+        model = _put(model, name, there)
     for name in plan["shifted"]:
         model = _put(model, name, Shifted(model.get_submodule(name)))
     if plan["raw"] is None:
@@ -409,12 +411,10 @@ def _serious(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | None) -> nn.Module:
-    """What stands in a norm's place: nothing, a scale and shift, a cast, and what it did after.
+    """What stands in a norm's place: nothing, or a scale and shift, and what it did after.
 
     ``activation`` is None for none; for TrueNorm's layers "" says that they add a residual.
     """
-    if kind == "cast":
-        return Cast(getattr(torch, steps[0]))
     made: list[nn.Module] = []
     if kind == "scale and shift":
         made.append(ScaleShift(module.running_mean))  # type: ignore[arg-type]
@@ -447,7 +447,7 @@ def _scaler_as_affine(module: nn.Module, given: Node) -> Affine | None:
     """The map that an input scaling makes, seen at 0, 1 and 2."""
     module = copy.deepcopy(module).double()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _in_double():
             at = [module(torch.full(given.shape, float(v), dtype=torch.float64)) for v in range(3)]
     except (RuntimeError, TypeError, ValueError):
         return None
@@ -850,8 +850,7 @@ def _plan_of(job: _Job, parts: Iterable[_Part]) -> dict[str, Any]:
                 continue
             norm = job.norms[name]
             if norm.scales_input:
-                dtype = str(_dtype_of(job.model)).removeprefix("torch.")
-                norms[name] = ["cast", [dtype], None]
+                norms[name] = ["cast"]
                 continue
             kind = "scale and shift" if form == "scale and shift" else "gone"
             norms[name] = [kind, norm.after, norm.activation]
@@ -936,9 +935,14 @@ class _Whole:
         self.sound = [i for i, out in enumerate(self.outputs) if out is not None]
         self.exact: list[list[Tensor] | None] | None = None
         if _dtype_of(job.model) is not torch.float64:
-            wide = _built(job, [], torch.float64)
-            exact = [self._run(wide, *_double(given)) for given in self.inputs]
+            exact = self._exactly([])
             self.exact = exact if exact[0] is not None else None
+
+    def _exactly(self, parts: list[_Part]) -> list[list[Tensor] | None]:
+        """The outputs in float64."""
+        model = _built(self.job, parts, torch.float64)
+        with _in_double():
+            return [self._run(model, *_double(given)) for given in self.inputs]
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> list[Tensor] | None:
         try:
@@ -954,12 +958,9 @@ class _Whole:
         error = max(self._apart(self.outputs[i], outs[i]) for i in self.sound)
         if self.exact is None:
             return error, None, error, 0.0
-        wide = _built(self.job, parts, torch.float64)
-        exact = self.exact
+        exact, wide = self.exact, self._exactly(parts)
         known = [i for i in self.sound if exact[i] is not None]
-        precise = max(
-            self._apart(exact[i], self._run(wide, *_double(self.inputs[i]))) for i in known
-        )
+        precise = max(self._apart(exact[i], wide[i]) for i in known)
         against = max(self._apart(exact[i], outs[i]) for i in known)
         own = max(self._apart(exact[i], self.outputs[i]) for i in known)
         return error, precise, against, own
@@ -977,6 +978,34 @@ class _Whole:
             return False
         bound = _bound(_dtype_of(self.job.model))
         return error <= bound or against <= max(bound, _SLACK * own)
+
+
+class _Doubling(TorchFunctionMode):
+    """Casts to narrower floats, which a forward may contain, are casts to float64."""
+
+    _narrow: ClassVar = {torch.float32, torch.float16, torch.bfloat16}
+    _casts: ClassVar = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            narrow = isinstance(value, torch.dtype) and value in self._narrow
+            return torch.float64 if narrow else value
+
+        func = Tensor.double if func in self._casts else func
+        kwargs = {key: wide(value) for key, value in (kwargs or {}).items()}
+        return func(*(wide(value) for value in args), **kwargs)
+
+
+@contextlib.contextmanager
+def _in_double() -> Iterator[None]:
+    """What a forward makes, and what it casts, is float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _double(
