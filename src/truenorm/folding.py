@@ -152,7 +152,7 @@ def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         outputs = owner.out_channels if transposed else weight.shape[0]
         bias = weight.new_zeros(outputs)  # type: ignore[arg-type]
         owner.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
-    dtype = _dtype_of(model)
+    dtype = dtype_of(model)
     for name, (kind, *more) in plan["norms"].items():
         there = Cast(dtype) if kind == "cast" else _remnant(model.get_submodule(name), kind, *more)
         model = _put(model, name, there)
@@ -198,8 +198,8 @@ class _Job:
 
     @classmethod
     def of(cls, model: nn.Module, example: Any, scaling: Scaling | None) -> _Job:
-        model = _inner(model)
-        args, kwargs = _as_arguments(example)
+        model = unwrapped(model)
+        args, kwargs = as_arguments(example)
         try:
             model = copy.deepcopy(model)
         except Exception as error:  # whatever a module's own __deepcopy__ raises
@@ -210,7 +210,7 @@ class _Job:
         job = cls(model, args, kwargs, scaling, Flow(), {}, {})
         inputs = job.scaled(args)
         try:
-            flow = flow_of(model, lambda: _seeded(model, inputs, kwargs), whole=True)
+            flow = flow_of(model, lambda: seeded(model, inputs, kwargs), whole=True)
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} does not run on example_inputs ({type(error).__name__}: "
@@ -244,7 +244,7 @@ class _Job:
         with contextlib.ExitStack() as stack:
             for name, module in waiting.items():
                 stack.callback(self._watched(name, module))
-            _seeded(self.model, self.scaled(self.args), self.kwargs)
+            seeded(self.model, self.scaled(self.args), self.kwargs)
         for name, module in scalers.items():
             affine = _scaler_as_affine(
                 module, self.flow.nodes[self.flow.calls_of(name)[0].input or 0]
@@ -265,7 +265,7 @@ class _Job:
         return module.register_forward_hook(look, with_kwargs=True).remove
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, under torch.compile, DDP and DataParallel."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -276,7 +276,12 @@ def _inner(model: nn.Module) -> nn.Module:
             return model
 
 
-def _as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments.
+
+    Raises:
+        InputError: it is none of a tensor, a tuple, a list and a mapping.
+    """
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, (tuple, list)):
@@ -290,7 +295,7 @@ def _as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @torch.no_grad()
-def _seeded(model: nn.Module, args: Any, kwargs: Any) -> Any:
+def seeded(model: nn.Module, args: Any, kwargs: Any) -> Any:
     """One forward from the same random numbers each time, which are given back."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -758,8 +763,8 @@ def _errors(
     for u in (taken, noise * spread + taken.mean()):
         exact = whole(u, torch.float64)
         yield (
-            max(_apart(exact, folded(u, dtype)), _apart(exact, folded(u, torch.float64))),
-            _apart(exact, whole(u, dtype)),
+            max(distance(exact, folded(u, dtype)), distance(exact, folded(u, torch.float64))),
+            distance(exact, whole(u, dtype)),
         )
 
 
@@ -775,7 +780,7 @@ def _in(weights: Weighted, dtype: torch.dtype) -> Weighted:
     return weights._replace(weight=rounded(weights.weight, dtype), bias=bias, border=border)
 
 
-def _apart(exact: Tensor, other: Tensor) -> float:
+def distance(exact: Tensor, other: Tensor) -> float:
     """Largest difference over the largest value; infinite where only one is finite."""
     if exact.shape != other.shape:
         return float("inf")
@@ -794,12 +799,12 @@ def _apart(exact: Tensor, other: Tensor) -> float:
 def _prove(job: _Job, parts: list[_Part]) -> None:
     """Fill each part's errors, and its fault where they are too large."""
     with _Prover(job, parts):
-        _seeded(job.model, job.scaled(job.args), job.kwargs)
+        seeded(job.model, job.scaled(job.args), job.kwargs)
     for part in parts:
         for name, affine in part.alone.items():
             _prove_alone(job, part, name, affine)
         kinds = [_held(job.model, t.weights.weight).dtype for t in part.targets]
-        bound = max((_bound(kind) for kind in kinds), default=_bound(_dtype_of(job.model)))
+        bound = max((_bound(kind) for kind in kinds), default=_bound(dtype_of(job.model)))
         if not part.error <= max(bound, _SLACK * part.unfolded):
             part.fault = f"the pair's proof failed: error {part.error:.1e}, allowed {bound:.0e}"
 
@@ -814,19 +819,20 @@ def _prove_alone(job: _Job, part: _Part, name: str, affine: Affine) -> None:
     device = affine.scale.device
     own = Affine(held.running_var.detach().double().sqrt(), held.running_mean.detach().double())
     u = own.along(noise.to(device))  # as the norm's own statistics tell
-    dtype = _dtype_of(module, job.model)
+    dtype = dtype_of(module, job.model)
     there = ScaleShift(held.running_mean)
     _fill(there, affine)
     exact = affine.along(u)
-    part.error = max(part.error, _apart(exact, there.to(dtype)(u.to(dtype))))
-    part.unfolded = max(part.unfolded, _apart(exact, affine.along(u.to(dtype))))
+    part.error = max(part.error, distance(exact, there.to(dtype)(u.to(dtype))))
+    part.unfolded = max(part.unfolded, distance(exact, affine.along(u.to(dtype))))
 
 
 def _bound(dtype: torch.dtype) -> float:
     return BOUNDS.get(dtype, BOUNDS[torch.float32])
 
 
-def _dtype_of(*models: nn.Module) -> torch.dtype:
+def dtype_of(*models: nn.Module) -> torch.dtype:
+    """The type of the first real parameter or buffer of the first model that has one."""
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -934,7 +940,7 @@ class _Whole:
         self.outputs = [self._run(original, *given) for given in self.inputs]
         self.sound = [i for i, out in enumerate(self.outputs) if out is not None]
         self.exact: list[list[Tensor] | None] | None = None
-        if _dtype_of(job.model) is not torch.float64:
+        if dtype_of(job.model) is not torch.float64:
             exact = self._exactly([])
             self.exact = exact if exact[0] is not None else None
 
@@ -946,7 +952,7 @@ class _Whole:
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> list[Tensor] | None:
         try:
-            out = _seeded(copy.deepcopy(model), args, kwargs)
+            out = seeded(copy.deepcopy(model), args, kwargs)
         except Exception:  # what does not run on other inputs, or in float64, proves nothing
             return None
         return [t for t in tensors_in(out) if t.is_floating_point()]
@@ -969,14 +975,16 @@ class _Whole:
     def _apart(a: list[Tensor] | None, b: list[Tensor] | None) -> float:
         if a is None or b is None or len(a) != len(b):
             return float("inf")
-        return max((_apart(x.double(), y.double()) for x, y in zip(a, b, strict=True)), default=0.0)
+        return max(
+            (distance(x.double(), y.double()) for x, y in zip(a, b, strict=True)), default=0.0
+        )
 
     def passes(self, parts: list[_Part]) -> bool:
         """Whether the folded model is the original, but for rounding."""
         error, precise, against, own = self.errors(parts)
         if precise is not None and not precise <= _EXACT:
             return False
-        bound = _bound(_dtype_of(self.job.model))
+        bound = _bound(dtype_of(self.job.model))
         return error <= bound or against <= max(bound, _SLACK * own)
 
 
