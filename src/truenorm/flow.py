@@ -132,6 +132,7 @@ class _Recorder(TorchFunctionMode):
         self._held: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._held.setdefault(id(tensor), name)
+        self._given: set[int] = set()  # tensors that nothing seen here has made
         self.inside = False
 
     def number_of(self, tensor: Tensor, *, make: bool = True) -> int | None:
@@ -141,6 +142,7 @@ class _Recorder(TorchFunctionMode):
             return held[1]
         if not make or isinstance(tensor, nn.Parameter) or id(tensor) in self._held:
             return None
+        self._given.add(id(tensor))
         node = Node("input", (), self.running[-1], tuple(tensor.shape), dtype=tensor.dtype)
         return self._note([tensor], node)
 
@@ -175,9 +177,13 @@ class _Recorder(TorchFunctionMode):
         return number
 
     def alive(self) -> set[int]:
-        """Nodes whose tensors somebody still holds."""
+        """Nodes whose tensors somebody still holds, what the model was given aside."""
         gc.collect()  # what only cycles hold is let go
-        return {number for tensor, number in self._made.values() if tensor() is not None}
+        return {
+            number
+            for key, (tensor, number) in self._made.items()
+            if tensor() is not None and key not in self._given
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

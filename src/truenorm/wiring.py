@@ -244,7 +244,7 @@ class Wiring:
     def _visible(self, value: int) -> Refused | None:
         if value in self.flow.results:
             return Refused(f"{self._told(value)} is returned by the model")
-        if value in self.flow.kept and self.flow.nodes[value].op != "input":
+        if value in self.flow.kept:
             return Refused(f"{self._told(value)} is kept after the forward")
         if value in self._hooked:
             return Refused(f"{self._told(value)} is seen by a hook of {self._hooked[value]}")
