@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import truenorm as tn
-from truenorm.folding import Folded, fold, refold
-from truenorm.remnants import ScaleShift, Shifted
+from truenorm.folding.fold import Folded, fold
+from truenorm.folding.remnants import ScaleShift, Shifted
+from truenorm.folding.structure import refold
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -617,7 +618,7 @@ def test_a_module_that_scales_the_input_vanishes_into_the_first_layer():
 
 
 def test_what_cannot_be_proved_is_undone(monkeypatch):
-    from truenorm import affine
+    from truenorm.folding import affine
 
     model = lively(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8)))
     right = affine.Weighted.followed_by
@@ -633,19 +634,19 @@ def test_what_cannot_be_proved_is_undone(monkeypatch):
 
 
 def test_what_is_wrong_from_end_to_end_is_undone_alone(monkeypatch):
-    from truenorm import folding
+    from truenorm.folding import writing
 
     model = lively(
         nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
     )
-    write = folding._write
+    write = writing._write
 
     def spoil(model, target, owner):
         write(model, target, owner)
         if target.weights.owner == "2":
             owner.weight.data.mul_(1.01)
 
-    monkeypatch.setattr(folding, "_write", spoil)
+    monkeypatch.setattr(writing, "_write", spoil)
     folded = fold(model, images(4, 6))
     assert forms(folded) == {"1": "into producer"}
     assert "outputs are others" in reasons(folded)["3"]

@@ -22,8 +22,10 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import patients
 import truenorm as tn
 from conftest import same_state
+from truenorm import recalibration
 from truenorm.calling import Call, accuracy_of, examples_of, loss_of, output_of
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -79,7 +81,7 @@ def test_statistics_are_those_of_all_data_through_inference_however_cut(norm, cu
     told = tn.recalibrate(model, list(x.split(cuts)))
     same_statistics(model, expected)
     assert told.kept
-    assert told.batches == model[1].num_batches_tracked == len(cuts)
+    assert told.batches == len(cuts)
     assert [row.layer for row in told.rows] == ["1", "5"]
     assert [row.values for row in told.rows] == [96, 96]
 
@@ -179,7 +181,7 @@ def test_statistics_that_were_poisoned_are_healed():
     assert told.kept
     assert np.isnan(told.before.loss)
     assert (told.rows[0].drift, told.rows[0].note) == (np.inf, "was not finite before")
-    same_statistics(model, by_hand(net(), x[:64]))
+    same_statistics(model, by_hand(net(), torch.cat([x[:32], x[64:]])))
 
 
 def test_drift_is_in_running_deviations_and_ratio_of_variances_either_way():
@@ -376,16 +378,18 @@ def test_the_user_says_how_a_batch_is_called():
             loss=lambda out, target: out.square(),
             keep_worse=True,
         )
-        same_statistics(model, by_hand(net(), rows()[:64]))
+        same_statistics(model, by_hand(net(), torch.cat([rows()[:32], rows()[64:]])))
 
 
-def test_the_last_tenth_of_labelled_batches_is_held_out():
+def test_every_tenth_of_labelled_batches_is_held_out():
     one, other = net(), net()
     batches = labelled(320)
     told = tn.recalibrate(one, batches, keep_worse=True)
-    same_statistics(one, by_hand(net(), rows(320)[:288]))
+    held = [4, 14]
+    kept = [x for i, (x, _) in enumerate(batches) if i not in held]
+    same_statistics(one, by_hand(net(), torch.cat(kept)))
     assert told.batches == 18
-    x, y = (torch.cat(part) for part in zip(*batches[18:], strict=True))
+    x, y = (torch.cat(part) for part in zip(*(batches[i] for i in held), strict=True))
     out = one.eval()(x)
     assert told.after.examples == 32
     assert_close(told.after.loss, F.cross_entropy(out, y).item(), **EXACT)
@@ -479,7 +483,7 @@ def test_a_shuffling_loader_repeats_itself_and_keeps_its_state(own):
     assert told.passes == 3
     assert told.after.examples == 12
     assert (randoms(), generator and generator.get_state().tolist()) == before
-    used = torch.cat([x for x, _ in loader][:7])
+    used = torch.cat([x for i, (x, _) in enumerate(loader) if i != 4])
     same_statistics(model, by_hand(net(), used))
 
 
@@ -699,3 +703,39 @@ if __name__ == "__main__":
     for process in processes:
         process.join()
     sys.exit(max(process.exitcode for process in processes))
+
+
+@pytest.mark.parametrize(
+    ("count", "held"),
+    [
+        (2, [1]),
+        (3, [1]),
+        (9, [4]),
+        (10, [4]),
+        (11, [4]),
+        (19, [4]),
+        (20, [4, 14]),
+        (39, [4, 14, 24]),
+    ],
+)
+def test_what_is_held_out_is_spread_and_about_a_tenth(count, held):
+    assert list(recalibration._tenth(count)) == held
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.1, 0.01, 1e-4, None])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_a_recalibrated_model_is_healthy_however_few_the_batches(momentum, count):
+    model = patients.trained("mlp")
+    for norm in patients.norms(model):
+        norm.momentum = momentum
+        norm.reset_running_stats()
+    data = [x for x, _ in patients.batches("mlp", count, size=96)]
+    tn.recalibrate(model, data)
+    diagnosis = tn.examine(model, data)
+    assert diagnosis.healthy, str(diagnosis)
+    assert not diagnosis.of("TN104")
+    tracked = {int(norm.num_batches_tracked) for norm in patients.norms(model)}
+    if momentum is None:
+        assert tracked == {count}  # the weight of what is tracked from here on
+    else:
+        assert min(tracked) >= count

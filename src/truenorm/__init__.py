@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from truenorm.exporting import Exported as Exported
     from truenorm.exporting import export as export
     from truenorm.exporting import load_program as load_program
-    from truenorm.folding import Folded as Folded
-    from truenorm.folding import fold as fold
+    from truenorm.folding.fold import Folded as Folded
+    from truenorm.folding.fold import fold as fold
     from truenorm.layers import BatchNorm as BatchNorm
     from truenorm.layers import BatchNorm1d as BatchNorm1d
     from truenorm.layers import BatchNorm2d as BatchNorm2d
@@ -78,7 +78,7 @@ _HOMES = {
     "EarlyStopping": "train",
     "Exported": "exporting",
     "Finding": "doctor.diagnosis",
-    "Folded": "folding",
+    "Folded": "folding.fold",
     "GroupNorm": "norms",
     "History": "train",
     "InputError": "errors",
@@ -109,7 +109,7 @@ _HOMES = {
     "examine": "doctor.diagnosis",
     "export": "exporting",
     "fit": "train",
-    "fold": "folding",
+    "fold": "folding.fold",
     "load": "sources",
     "load_folded": "shipping",
     "load_model": "run",

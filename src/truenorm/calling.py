@@ -203,6 +203,36 @@ def output_of(output: Any) -> Tensor | None:
     return None
 
 
+def answers_of(output: Any, examples: int) -> Tensor | None:
+    """The float tensor of ``output`` with an entry for each example, or None.
+
+    What :func:`output_of` means goes first, then the first tensor that fits.
+    """
+    meant = output_of(output)
+    for found in (*([] if meant is None else [meant]), *tensors_in(output)):
+        if found.is_floating_point() and found.ndim and len(found) == examples:
+            return found
+    return None
+
+
+def part_of(value: Any, which: slice, examples: int) -> Any:
+    """Some of the examples of a batch, wherever an axis counts them.
+
+    Args:
+        value: a batch, or a part of one.
+        which: of them.
+        examples: how many there are.
+    """
+    if isinstance(value, Tensor):
+        return value[which] if value.ndim and len(value) == examples else value
+    if isinstance(value, Mapping):
+        return {key: part_of(part, which, examples) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [part_of(part, which, examples) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
 def classifies(out: Tensor | None, target: Any) -> bool:
     """Whether ``out`` (N, K, *S) can be the logits of the integer ``target`` (N, *S)."""
     return (

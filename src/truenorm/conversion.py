@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize
 
 from truenorm import layers, norms
+from truenorm.borrowing import borrowed, to_eval
 from truenorm.distributed import Ranks
 from truenorm.errors import InputError, choose
 from truenorm.layers import STATISTICS, BatchNorm, Options
@@ -466,20 +467,14 @@ def _calls(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[nn.M
     def count(layer: nn.Module, args: Any) -> None:
         calls[layer] += 1
 
-    modes = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
-    try:
-        model.eval()
-        with torch.no_grad():
-            if isinstance(example, dict):
-                model(**example)
-            else:
-                model(*((example,) if isinstance(example, Tensor) else example))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    with borrowed(model, parameters=False), torch.no_grad():
+        to_eval(model)
+        for layer in layers:
+            layer.register_forward_pre_hook(count)
+        if isinstance(example, dict):
+            model(**example)
+        else:
+            model(*((example,) if isinstance(example, Tensor) else example))
     return calls
 
 

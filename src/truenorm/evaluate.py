@@ -7,7 +7,6 @@ of every module is given back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from truenorm.borrowing import evaluating
 from truenorm.data import Dataset, Scaling, Splits, in_order
 from truenorm.errors import InputError
 from truenorm.norms import NORMS
@@ -25,18 +25,6 @@ class Scores(NamedTuple):
 
     loss: float
     accuracy: float
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode for the body, and every module back in its own after it."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[object]:

@@ -23,11 +23,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from truenorm.borrowing import unwrapped
 from truenorm.calling import mapped, tensors_in
 from truenorm.data import Scaling
 from truenorm.errors import InputError
-from truenorm.folding import Folded, as_arguments, distance, dtype_of, fold, seeded, unwrapped
-from truenorm.remnants import RawInput
+from truenorm.folding.fold import Folded, fold
+from truenorm.folding.proof import distance
+from truenorm.folding.remnants import RawInput
+from truenorm.folding.structure import dtype_of
+from truenorm.folding.subject import as_arguments, seeded
 from truenorm.run import write_atomically
 
 Format = Literal["onnx", "pt2"]

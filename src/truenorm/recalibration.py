@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 from torch.utils.data import DataLoader, IterableDataset
 
 from truenorm import functional
+from truenorm.borrowing import Randoms, borrowed, eager, to_eval, unwrapped
 from truenorm.calling import Arguments, Call, Loss, accuracy_of, examples_of, loss_of
 from truenorm.distributed import Ranks
 from truenorm.errors import InputError
@@ -140,9 +137,11 @@ def recalibrate(
     """Give every batch norm of ``model`` the running statistics of its inputs over all of ``data``.
 
     Mean and UNBIASED variance (n / (n - 1)) of all values, in float64 by Chan's formula, each
-    batch weighted by its values; ``num_batches_tracked`` becomes the number of batches. Layers are
-    torch.nn's batch norms, SyncBatchNorm and TrueNorm's; a mask given to one of TrueNorm's is
-    respected; a layer called several times in a forward pools its calls.
+    batch weighted by its values. ``num_batches_tracked`` becomes the number of batches; or, if
+    that is more, the number after which a constructor's initial values would weigh no more than a
+    half with the layer's momentum, since nothing of them is left. Layers are torch.nn's batch
+    norms, SyncBatchNorm and TrueNorm's; a mask given to one of TrueNorm's is respected; a layer
+    called several times in a forward pools its calls.
 
     The exact form goes through the data once for each layer in a chain, and once more to see that
     nothing changes: every layer then has the statistics of the inputs that inference gives it,
@@ -169,8 +168,8 @@ def recalibrate(
         data: batches, see :class:`truenorm.calling.Call`; a one-shot iterator is put into a list,
             ``max_batches`` long at most.
         held_out: batches with targets, to measure loss and accuracy in eval mode before and
-            after. None: if the batches of ``data`` have targets, the last tenth of them (at
-            least one, if there are two) is held out for this and not used for the statistics.
+            after. None: if the batches of ``data`` have targets, every tenth of them (at least
+            one, if there are two) is held out for this and not used for the statistics.
         loss: ``loss(output, target)``, instead of what the output or the target suggests.
         exact: see above.
         max_batches: of ``data``, to use at most; the tenth held out is of these.
@@ -183,14 +182,15 @@ def recalibrate(
         InputError: no batch norm, a lazy one that has not been called yet, no data, or held-out
             batches on which no loss can be measured.
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     if max_batches is not None and max_batches < 1:
         raise InputError(f"max_batches must be at least 1 or None, got {max_batches!r}.")
     norms, left = _chosen(model)
     call = Call(inner, device=device, arguments=arguments)
     world = _World(call.device)
-    randoms = _Randoms(data, held_out)
-    with _borrowed(inner, randoms) as state, torch.no_grad(), _uncompiled(inner):
+    randoms = Randoms(data, held_out)
+    with borrowed(inner, randoms, parameters=False) as loan, torch.no_grad(), eager(inner):
+        to_eval(inner)
         batches, held = world.jointly(lambda: _divided(data, held_out, max_batches, call, randoms))
         (total,) = world.counts(len(batches))
         if not total:
@@ -207,7 +207,7 @@ def recalibrate(
         after = _measured(call, held, loss, world) if watched else None
         kept = keep_worse or not _worse(before, after)
         written = {row.layer for row in rows}
-        state.keep = {layer for layer, name in norms.items() if kept and name in written}
+        loan.keep = {layer for layer, name in norms.items() if kept and name in written}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     left.sort(key=lambda it: order[it.layer])
     reason = "; ".join(filter(None, (_reason(before, after, kept=kept), _moving(settled))))
@@ -244,18 +244,25 @@ def _moving(settled: _Settled) -> str:
     )
 
 
+def chosen(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``model`` that :func:`recalibrate` would give new statistics."""
+    learns = any(p.requires_grad for p in model.parameters())
+    named = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    return [m for m in named if not _why_left(m, training=model.training, learns=learns)]
+
+
+@torch.no_grad()
+def settle(call: Call, layers: Collection[_BatchNorm], batches: Sequence[Any]) -> None:
+    """Write into ``layers`` the exact statistics of ``batches``, of this process alone.
+
+    The caller has put the model in eval mode and gives back what it borrows. Values are read in
+    float32, which is enough to tell statistics that fit from others; a single batch takes one pass.
+    """
+    world = _World(call.device, alone=True)
+    _settle(call, layers, batches, world, total=len(batches), exact=True, to=functional.wide)
+
+
 # -- which layers -------------------------------------------------------------------------------
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module itself, under torch.compile and DDP, which would skip hooks and wait for ranks."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
@@ -292,111 +299,34 @@ def _why_left(layer: _BatchNorm, *, training: bool, learns: bool) -> str:
     return ""
 
 
-# -- what is borrowed ---------------------------------------------------------------------------
-
-
-class _Randoms:
-    """The random states a loader or a model may draw from, as they are now."""
-
-    def __init__(self, *loaders: Any) -> None:
-        holders = [h for one in loaders for h in (one, getattr(one, "sampler", None))]
-        found = [getattr(holder, "generator", None) for holder in holders]
-        self._own = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-        self._torch = torch.get_rng_state()
-        self._cuda: list[Tensor] = []
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._cuda = torch.cuda.get_rng_state_all()
-        self._numpy = np.random.get_state()  # noqa: NPY002  the global one is what loaders use
-        self._python = random.getstate()
-
-    def rewind(self) -> None:
-        """Set all of them to what they were."""
-        for generator, state in self._own:
-            generator.set_state(state)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        random.setstate(self._python)
-
-
-class _State:
-    """Modes and buffers of a model; on the way back all are restored but what is in ``keep``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.keep: set[_BatchNorm] = set()
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._buffers = [
-            (module, name, held, None if held is None else held.detach().clone())
-            for module, _ in self._modes
-            for name, held in module._buffers.items()
-        ]
-
-    def restore(self) -> None:
-        for module, mode in self._modes:
-            module.training = mode
-        for module, name, held, value in self._buffers:
-            if module in self.keep:
-                continue
-            module._buffers[name] = held
-            if held is not None and value is not None:
-                held.data.copy_(value)
-
-
-@contextlib.contextmanager
-def _borrowed(model: nn.Module, randoms: _Randoms) -> Iterator[_State]:
-    """The model in eval mode; modes, buffers and random states are given back.
-
-    Modes are set module by module: a model's own ``eval()`` may do more than that.
-    """
-    state = _State(model)
-    try:
-        for module in model.modules():
-            module.training = False
-        yield state
-    except BaseException:
-        state.keep = set()
-        raise
-    finally:
-        state.restore()
-        randoms.rewind()
-
-
-def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Compiled parts run as they are written: a compiled one would not see new hooks."""
-    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()
-
-
 # -- data ---------------------------------------------------------------------------------------
 
 
 class _Batches:
     """Some batches of ``source``; each time through begins from the same random state."""
 
-    def __init__(self, source: Iterable[Any], randoms: _Randoms, start: int, stop: int) -> None:
-        self._source, self._randoms, self._start, self._stop = source, randoms, start, stop
+    def __init__(self, source: Iterable[Any], randoms: Randoms, numbers: Collection[int]) -> None:
+        self._source, self._randoms, self._numbers = source, randoms, numbers
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Any]:
         self._randoms.rewind()
-        return itertools.islice(iter(self._source), self._start, self._stop)
+        end = max(self._numbers, default=-1) + 1
+        batches = enumerate(itertools.islice(iter(self._source), end))
+        return (batch for number, batch in batches if number in self._numbers)
 
-    def cut(self, at: int) -> tuple[_Batches, _Batches]:
-        """Those before ``at``, and the others."""
-        edges = (self._start, self._start + at, self._stop)
-        first, second = itertools.pairwise(edges)
+    def without(self, held: Collection[int]) -> tuple[_Batches, _Batches]:
+        """Those whose numbers are not in ``held``, and the others."""
+        kept = frozenset(self._numbers) - frozenset(held)
         return (
-            _Batches(self._source, self._randoms, *first),
-            _Batches(self._source, self._randoms, *second),
+            _Batches(self._source, self._randoms, kept),
+            _Batches(self._source, self._randoms, frozenset(held)),
         )
 
 
-def _batches(source: Any, most: int | None, randoms: _Randoms, name: str) -> _Batches:
+def _batches(source: Any, most: int | None, randoms: Randoms, name: str) -> _Batches:
     if isinstance(source, Tensor) or not isinstance(source, Iterable):
         raise InputError(
             f"{name} must be batches that can be iterated, got {type(source).__name__}; put a "
@@ -408,7 +338,7 @@ def _batches(source: Any, most: int | None, randoms: _Randoms, name: str) -> _Ba
     if count is None:
         randoms.rewind()
         count = sum(1 for _ in itertools.islice(iter(source), most))
-    return _Batches(source, randoms, 0, count if most is None else min(count, most))
+    return _Batches(source, randoms, range(count if most is None else min(count, most)))
 
 
 def _length(source: Any) -> int | None:
@@ -422,7 +352,7 @@ def _length(source: Any) -> int | None:
 
 
 def _divided(
-    data: Any, held_out: Any, most: int | None, call: Call, randoms: _Randoms
+    data: Any, held_out: Any, most: int | None, call: Call, randoms: Randoms
 ) -> tuple[_Batches, _Batches | None]:
     """The batches for the statistics and those held out."""
     batches = _batches(data, most, randoms, "data")
@@ -431,7 +361,15 @@ def _divided(
     count = len(batches)
     if count < 2 or call.prepare(next(iter(batches))).target is None:
         return batches, None
-    return batches.cut(count - max(1, count // 10))
+    return batches.without(_tenth(count))
+
+
+def _tenth(count: int) -> range:
+    """Every tenth of ``count`` batches, at least one: a loader's end may be of another kind.
+
+    The last batch, which may be small, is left to the statistics where there are others.
+    """
+    return range(min(4, count // 2), count - count % 10 if count > 10 else 10, 10)
 
 
 # -- ranks --------------------------------------------------------------------------------------
@@ -440,9 +378,10 @@ def _divided(
 class _World:
     """All ranks, or this process alone. Every rank makes the same calls in the same order."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
         self._device, self._ranks = device, Ranks()
-        self.sum = self._ranks.sum if self._ranks.active else lambda x: x
+        self._joint = self._ranks.active and not alone
+        self.sum = self._ranks.sum if self._joint else lambda x: x
 
     def counts(self, *numbers: float) -> list[int]:
         """Each number summed over ranks."""
@@ -450,7 +389,7 @@ class _World:
 
     def sums(self, *numbers: float) -> list[float]:
         """Each number summed over ranks."""
-        if not self._ranks.active:
+        if not self._joint:
             return list(numbers)
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         summed: list[float] = self.sum(mine).tolist()
@@ -508,7 +447,7 @@ class _Seen:
         self.moments = Moments(*(torch.zeros_like(widest(mean))[None] for _ in range(3)))
         self.calls = self.skipped = 0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> Moments | None:
+    def add(self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]) -> Moments | None:
         """Take in one input; None if it does not count: not finite, or not (N, C, *S)."""
         self.calls += 1
         if x.ndim < 2 or x.shape[1] != self.moments.mean.shape[1]:
@@ -517,7 +456,7 @@ class _Seen:
         if mask is not None:
             mask = functional.valid(mask, x)
             x = torch.where(mask, x, 0)
-        part = functional.moments(widest(x), mask)
+        part = functional.moments(to(x), mask)
         if not bool(torch.isfinite(part.mean).all() & torch.isfinite(part.var).all()):
             self.skipped += 1
             return None
@@ -542,18 +481,24 @@ def _input_of(layer: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> tuple[Ten
 
 
 def _pass(
-    call: Call, layers: Iterable[_BatchNorm], batches: _Batches, *, own: bool
+    call: Call,
+    layers: Iterable[_BatchNorm],
+    batches: Iterable[Any],
+    *,
+    own: bool,
+    to: Callable[[Tensor], Tensor] = widest,
 ) -> dict[_BatchNorm, _Seen]:
     """What each layer is given over all batches.
 
     Args:
         own: each input is normalized by its own statistics instead of the running ones.
+        to: what inputs are made of before their moments are taken; sums are float64 either way.
     """
     seen = {layer: _Seen(layer) for layer in layers}
 
     def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, _BatchNorm)
-        part = seen[layer].add(*_input_of(layer, args, kwargs))
+        part = seen[layer].add(*_input_of(layer, args, kwargs), to)
         if own and part is not None:
             _write(layer, part)
 
@@ -624,19 +569,25 @@ class _Settled(NamedTuple):
 
 def _settle(
     call: Call,
-    norms: dict[_BatchNorm, str],
-    batches: _Batches,
+    norms: Collection[_BatchNorm],
+    batches: Iterable[Any],
     world: _World,
     *,
     total: int,
     exact: bool,
+    to: Callable[[Tensor], Tensor] = widest,
 ) -> _Settled:
     """Pass over the data until the statistics are those of what inference gives each layer."""
     seen: dict[_BatchNorm, _Seen] = {}
     most = len(norms) + 1 if norms else 0
     for done in range(1, most + 1):
         own = done == 1 and (total == 1 or not exact)
-        old, seen = seen, world.jointly(lambda own=own: _pass(call, norms, batches, own=own))  # type: ignore[misc]
+        old, seen = (
+            seen,
+            world.jointly(
+                lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
+            ),
+        )
         _join(seen, world)
         changed = [_write(layer, seen[layer].moments) for layer in norms]
         if own and (not exact or all(part.calls <= 1 for part in seen.values())):
@@ -673,9 +624,20 @@ def _rows(
             left.append(Left(name, reason))
             continue
         if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.data.fill_(batches)
+            layer.num_batches_tracked.data.fill_(max(batches, _half_life(layer.momentum)))
         rows.append(_row(layer, name, seen[layer], old[layer]))
     return rows
+
+
+def _half_life(momentum: float | None) -> int:
+    """The batches after which what came before them weighs no more than a half.
+
+    A cumulative average (None) weighs by the true number, 0 and 1 by none.
+    """
+    if momentum is None or not 0 < momentum < 1:
+        return 0
+    batches = math.ceil(math.log(0.5) / math.log1p(-momentum))
+    return batches if (1 - momentum) ** batches <= 0.5 else batches + 1
 
 
 def _why_unwritten(layer: _BatchNorm, seen: _Seen) -> str:

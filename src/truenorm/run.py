@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from truenorm.config import TrainConfig
 from truenorm.data import Dataset, Scaling, Splits
 from truenorm.errors import InputError
-from truenorm.folding import refold
+from truenorm.folding.structure import refold
 from truenorm.models import ModelSpec, build
 
 _CHECKPOINT = Path("checkpoint") / "last.pt"

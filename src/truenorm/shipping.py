@@ -14,7 +14,8 @@ from truenorm.data import Scaling
 from truenorm.doctor.target import foreign, open_target
 from truenorm.errors import InputError
 from truenorm.exporting import FORMATS, Exported, export
-from truenorm.folding import Folded, fold, refold
+from truenorm.folding.fold import Folded, fold
+from truenorm.folding.structure import refold
 from truenorm.run import load_model, read_model, write_model
 
 _EXAMPLES = 4  # rows of random inputs of a run's kind; the folded model serves any number

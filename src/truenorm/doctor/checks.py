@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from truenorm import calling
 from truenorm.conversion import convert
@@ -35,6 +36,7 @@ class Found:
     cause: str
     evidence: dict[str, Any] = field(default_factory=dict)
     fix: Callable[[], Any] | None = None
+    advice: str | None = None  # where the check's own does not serve
 
 
 class NotApplicable(Exception):
@@ -291,6 +293,8 @@ def copies_differ(facts: Facts) -> Iterator[Found]:
     for name, module in facts.model.named_modules():
         if not any(isinstance(m, _BatchNorm) for m in module.modules()) or not name:
             continue
+        if any(is_lazy(tensor) for tensor in module.state_dict().values()):
+            continue
         shapes = tuple((k, tuple(v.shape)) for k, v in module.state_dict().items())
         if sum(p.numel() for p in module.parameters()) and not isinstance(module, _BatchNorm):
             groups.setdefault(shapes, []).append((name, module))
@@ -354,7 +358,7 @@ def wrong_mode(facts: Facts) -> Iterator[Found]:
     norms = _batch_norms(facts)
     if not facts.trains:
         for norm in norms:
-            if norm.module.training and not norm.fixed and norm.module is not facts.model:
+            if norm.module.training and not norm.fixed and norm.module is not facts.inner:
                 cause = "the model is in eval mode, this layer normalizes by the batch and moves"
                 yield Found(norm.name, "error", cause, {"training": True}, norm.module.eval)
         return

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from truenorm.borrowing import borrowed, eager, to_eval
 from truenorm.calling import Arguments, Loss
 from truenorm.doctor import codes
 from truenorm.doctor.checks import Check, Found, NotApplicable, Severity
-from truenorm.doctor.facts import Facts, as_it_was, evaluate, gather, observe
+from truenorm.doctor.facts import Facts, gather, observe
 from truenorm.doctor.register import CHECKS
 from truenorm.errors import InputError, choose
 
@@ -206,7 +207,7 @@ def examine(
     Raises:
         InputError: data without a batch, or a batch the model cannot be called on.
     """
-    with as_it_was(model):
+    with borrowed(model), eager(model):
         facts = gather(
             model, data, optimizer=optimizer, loss=loss, device=device, arguments=arguments
         )
@@ -223,7 +224,7 @@ def examined(
     judged: dict[str, Callable[[Facts], Iterator[Found]]],
 ) -> Diagnosis:
     """Examine without data, with checks of ``judged`` in the place of those of the same code."""
-    with as_it_was(model):
+    with borrowed(model), eager(model):
         facts = gather(model, None, optimizer=optimizer, loss=None, device=None, arguments=None)
         modes = {m: m.training for m in model.modules()}
         results = []
@@ -254,7 +255,7 @@ def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
     for module, mode in modes.items():
         module.training = mode
     if check.evaluates:
-        evaluate(facts.model)
+        to_eval(facts.model)
     try:
         return check, list(check.look(facts)), None
     except NotApplicable as why:
@@ -268,7 +269,7 @@ def _diagnosis(results: list[_Result], layers: int) -> Diagnosis:
     findings = [
         Finding(
             check.code, check.title, found.severity, found.layer, found.evidence, found.cause,
-            check.advice, found.fix,
+            found.advice or check.advice, found.fix,
         )
         for check, founds, _ in results
         for found in founds

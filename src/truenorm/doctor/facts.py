@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from truenorm import calling
+from truenorm.borrowing import to_eval, unwrapped
 from truenorm.errors import InputError
 from truenorm.flow import Flow, flow_of
 from truenorm.functional import Moments, moments, valid, wide
 from truenorm.layers import BatchNorm
 from truenorm.norms import NORMS
 
+MOST_ANSWERS = 2**20  # numbers of a batch's answers that are kept to be compared
 MOST_BATCHES = 32  # enough for every threshold here; a loader of any length may be given
 
 
@@ -107,12 +107,26 @@ class NormFacts:
 
 @dataclass
 class Outcome:
-    """Loss (a mean over examples) and accuracy of one evaluation, where they can be had."""
+    """Loss (a mean over examples), accuracy and answers of one evaluation, where there are any."""
 
     losses: list[float] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     right: float = 0.0
     judged: int = 0
+    answers: list[Tensor | None] = field(default_factory=list)  # of each batch, where it has any
+
+    def add(self, output: Any, target: Any, examples: int, loss: calling.Loss | None) -> None:
+        """Take in what the model made of one batch."""
+        value = calling.loss_of(output, target, loss)
+        accuracy = calling.accuracy_of(output, target)
+        if value is not None:
+            self.losses.append(value)
+            self.weights.append(examples)
+        if accuracy is not None:
+            self.right += accuracy * examples
+            self.judged += examples
+        answers = calling.answers_of(output, examples)
+        self.answers.append(None if answers is None else _sampled(answers.detach()))
 
     @property
     def loss(self) -> float | None:
@@ -141,6 +155,7 @@ class Facts:
         loss: as given.
         arguments: as given.
         flow: the operations of one forward, if there are data.
+        held: what the batches come to in evaluation, with the statistics that the model holds.
         last: examples in the last batch of the data, also where it was not looked at; None if
             that is not known.
     """
@@ -153,12 +168,18 @@ class Facts:
     loss: calling.Loss | None = None
     arguments: calling.Arguments | None = None
     flow: Flow | None = None
+    held: Outcome = field(default_factory=Outcome)
     last: int | None = None
 
     @property
     def batch_norms(self) -> list[NormFacts]:
         """Those that normalize over the batch."""
         return [norm for norm in self.norms.values() if norm.is_batch]
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module itself, without wrappers: this is what is called."""
+        return unwrapped(self.model)
 
     @property
     def untrained(self) -> bool:
@@ -169,9 +190,9 @@ class Facts:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is in train mode: a wrapper put around an evaluating one is not."""
+        """Whether the model is in train mode, whatever a wrapper around it says."""
         parts = [m for m in self.model.modules() if not any(m.children())]
-        return self.model.training and any(part.training for part in parts)
+        return self.inner.training and any(part.training for part in parts)
 
     def moves(self, norm: NormFacts) -> bool:
         """Whether training moves the statistics of ``norm``: it is frozen in no way."""
@@ -183,64 +204,32 @@ class Facts:
         learns = any(p.requires_grad for p in self.model.parameters())
         return not own or not learns or norm.learns
 
-    def outcome(self) -> Outcome:
-        """Evaluate the batches as the model stands, in its present modes."""
+    def outcome(self, parts: Sequence[tuple[int, Any]]) -> Outcome:
+        """Evaluate batches as the model stands, in its present modes.
+
+        Args:
+            parts: numbered batches; each is begun from the random state that its number gives, so
+                that a model that draws in evaluation draws the same each time.
+        """
         result = Outcome()
         assert self.call is not None
-        for batch in self.batches:
+        for number, batch in parts:
+            torch.manual_seed(number)
             with torch.no_grad():
                 out, target = self.call(batch)
-            loss = calling.loss_of(out, target, self.loss)
-            accuracy = calling.accuracy_of(out, target)
-            number = calling.examples_of(batch)
-            if loss is not None:
-                result.losses.append(loss)
-                result.weights.append(number)
-            if accuracy is not None:
-                result.right += accuracy * number
-                result.judged += number
+            result.add(out, target, calling.examples_of(batch), self.loss)
         return result
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give everything back after the body, also if it fails: buffers, modes and random numbers.
-
-    Parameters and gradients are not written by forwards; they are compared and given back, too.
-    """
-    held = [
-        (module, store, name, tensor, None if tensor is None else tensor.detach().clone())
-        for module in model.modules()
-        for store in (module._parameters, module._buffers)
-        for name, tensor in store.items()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    ours = [(m, list(m._pending), m._told) for m in model.modules() if isinstance(m, BatchNorm)]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what loaders use
-    try:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for module, mode in modes:
-            module.training = mode
-        for _, store, name, tensor, bits in held:
-            if store.get(name) is not tensor:
-                store[name] = tensor  # type: ignore[assignment]
-            if tensor is not None and bits is not None and not _same_bits(tensor, bits):
-                tensor.data.copy_(bits)
-        for layer, pending, told in ours:
-            layer._pending, layer._told = pending, told
+def _sampled(answers: Tensor) -> Tensor:
+    """Some of the numbers of each example, evenly spread, where there are very many."""
+    step = -(-answers.numel() // MOST_ANSWERS)
+    return answers.flatten(1)[:, ::step].clone() if step > 1 and answers.ndim > 1 else answers
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or nn.parameter.is_lazy(a):
-        return True
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _shapeless(module: nn.Module) -> bool:
+    """Whether it is lazy and no forward has given it its shape: there is nothing to look at."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def gather(
@@ -252,7 +241,7 @@ def gather(
     device: torch.device | str | None,
     arguments: calling.Arguments | None,
 ) -> Facts:
-    """Collect the facts; the caller restores the model (see :func:`as_it_was`).
+    """Collect the facts; the caller has borrowed the model and gives it back.
 
     Raises:
         InputError: the model has no normalization, or data have no batch.
@@ -260,19 +249,14 @@ def gather(
     norms = {n: NormFacts(n, m) for n, m in model.named_modules() if isinstance(m, NORMS)}
     facts = Facts(model, norms, optimizer)
     if data is None:
+        facts.norms = {n: norm for n, norm in norms.items() if not _shapeless(norm.module)}
         return facts
     facts.batches, facts.last = _taken(data)
     if not facts.batches:
         raise InputError("data has no batch; give an iterable of at least one.")
-    facts.call = calling.Call(model, device=device, arguments=arguments)
+    facts.call = calling.Call(facts.inner, device=device, arguments=arguments)
     facts.loss, facts.arguments = loss, arguments
     return facts
-
-
-def evaluate(model: nn.Module) -> None:
-    """Eval mode, module by module: a model's own ``eval()`` may do more than that."""
-    for module in model.modules():
-        module.training = False
 
 
 def _taken(data: Iterable[Any]) -> tuple[list[Any], int | None]:
@@ -311,8 +295,11 @@ def observe(facts: Facts) -> None:
     """Let the batches pass in evaluation: fills ``flow`` and what each norm was seen to get."""
     model, call = facts.model, facts.call
     assert call is not None
-    evaluate(model)
+    to_eval(model)
     first = facts.batches[0]
+    if any(map(_shapeless, model.modules())):
+        with torch.no_grad():
+            call(first)
     facts.flow = flow_of(model, lambda: call(first)[0])
     place = {"batch": 0}
     calls: dict[str, int] = {}
@@ -333,10 +320,13 @@ def observe(facts: Facts) -> None:
         with torch.no_grad():
             for place["batch"], batch in enumerate(facts.batches):
                 calls.clear()
-                call(batch)
+                torch.manual_seed(place["batch"])  # see Facts.outcome
+                out, target = call(batch)
+                facts.held.add(out, target, calling.examples_of(batch), facts.loss)
     finally:
         for handle in handles:
             handle.remove()
+    facts.norms = {n: norm for n, norm in facts.norms.items() if not _shapeless(norm.module)}
 
 
 def _seen(x: Tensor, mask: Any, batch: int, call: int, examples: int) -> Seen:

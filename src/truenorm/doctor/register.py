@@ -17,24 +17,48 @@ SMALL_PER_RANK = 64
 
 
 def unsynchronized(facts: Facts) -> Iterator[Found]:
-    """Data-parallel training whose ranks normalize apart."""
-    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    parallel = any(isinstance(m, kinds) for m in facts.model.modules())
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if not parallel and ranks < 2:
-        raise NotApplicable("one process")
+    """Data-parallel training whose ranks, or devices, normalize apart."""
+    ranks, devices = _ranks(facts.model), _devices(facts.model)
+    if ranks < 2 and devices < 2:
+        raise NotApplicable("one process, on one device")
     for norm in facts.batch_norms:
         module = norm.module
         synced = isinstance(module, BatchNorm) and module.options.sync
-        if synced or isinstance(module, nn.SyncBatchNorm) or norm.fixed:
+        joint = ranks > 1 and (synced or isinstance(module, nn.SyncBatchNorm))
+        if joint or norm.fixed:
             continue
-        counts = [values_per_channel(seen.shape) for seen in norm.seen]
+        # A batch that was given is a rank's; DataParallel cuts it further.
+        counts = [values_per_channel(seen.shape) // devices for seen in norm.seen]
         if counts and max(counts) >= SMALL_PER_RANK:
             continue
-        evidence = {"ranks": ranks, "values per channel on a rank": max(counts, default=None)}
-        cause = "each rank normalizes its own small share of the batch"
-        severity: checks.Severity = "warning" if counts else "note"
-        yield Found(norm.name, severity, cause, evidence)
+        trains = (facts.trains or facts.optimizer is not None) and facts.moves(norm)
+        severity: checks.Severity = "warning" if counts and trains else "note"
+        parts, one = (devices, "device") if devices > 1 else (ranks, "rank")
+        evidence = {f"{one}s": parts, f"values per channel on a {one}": max(counts, default=None)}
+        cause = f"each {one} normalizes its own small share of the batch"
+        advice = ONE_PROCESS if devices > 1 else None
+        yield Found(norm.name, severity, cause, evidence, advice=advice)
+
+
+ONE_PROCESS = (
+    "nn.DataParallel cannot pool statistics, and keeps those of its first device. Use "
+    "DistributedDataParallel after truenorm.convert(model, to='sync')."
+)
+
+
+def _ranks(model: nn.Module) -> int:
+    """Processes that train together: of the wrapper's group, else of all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    sizes = [dist.get_world_size(m.process_group) for m in wrappers]
+    return max(sizes, default=dist.get_world_size())
+
+
+def _devices(model: nn.Module) -> int:
+    """Devices over which DataParallel cuts a batch; without CUDA it has none and does not."""
+    wrappers = [m for m in model.modules() if isinstance(m, nn.DataParallel)]
+    return max((len(m.device_ids) for m in wrappers), default=1) or 1
 
 
 def _watched(facts: Facts) -> Iterator[Found]:

@@ -11,7 +11,17 @@
 
 from __future__ import annotations
 
-IMPORTS
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from truenorm.data import Scaling
+from truenorm.folding.plan import Form, Part, planned
+from truenorm.folding.proof import Whole, prove, sifted
+from truenorm.folding.subject import Subject
+from truenorm.folding.writing import built, plan_of
+
 
 class Pair(NamedTuple):
     """A norm that has vanished.
@@ -94,13 +104,22 @@ def fold(model: nn.Module, example_inputs: Any, *, scaling: Scaling | None = Non
     subject = Subject.of(model, example_inputs, scaling)
     parts, left = planned(subject)
     prove(subject, parts)
-    sound = sifted(subject, [part for part in parts if not part.fault])
-    return _result(subject, parts, sound, left)
+    whole = Whole(subject)
+    sound = sifted(whole, [part for part in parts if not part.fault])
+    error, exact, _, _ = whole.errors(sound)
+    return Folded(
+        built(subject, sound),
+        *_told(subject, parts, sound, left),
+        error,
+        exact,
+        plan_of(subject, sound),
+    )
 
 
-def _result(subject: Subject, parts: list[Part], sound: list[Part], left: dict[str, str]) -> Folded:
-    assert subject.whole is not None
-    error, exact, _, _ = subject.whole.errors(sound)
+def _told(
+    subject: Subject, parts: list[Part], sound: list[Part], left: dict[str, str]
+) -> tuple[tuple[Pair, ...], tuple[Left, ...]]:
+    """Pairs and what was left, in the order of ``named_modules()``."""
     order = {name: i for i, (name, _) in enumerate(subject.model.named_modules())}
     for part in parts:
         if part.fault:
@@ -110,11 +129,6 @@ def _result(subject: Subject, parts: list[Part], sound: list[Part], left: dict[s
         for part in sound
         for name, (into, form) in part.norms.items()
     ]
-    return Folded(
-        built(subject, sound),
-        tuple(sorted(pairs, key=lambda pair: order.get(pair.norm, -1))),
-        tuple(Left(n, r) for n, r in sorted(left.items(), key=lambda row: order.get(row[0], -1))),
-        error,
-        exact,
-        plan_of(subject, sound),
-    )
+    pairs.sort(key=lambda pair: order.get(pair.norm, -1))
+    stay = sorted(left.items(), key=lambda row: order.get(row[0], -1))
+    return tuple(pairs), tuple(Left(*row) for row in stay)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-IMPORTS
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from truenorm.data import Scaling
+from truenorm.flow import Node
+from truenorm.folding.affine import Affine, Weighted
+from truenorm.folding.subject import INPUT, Norm, Subject
+from truenorm.folding.wiring import Neighbour, Partner, Refused, Weights, Wiring
 
 Form = Literal["into producer", "into consumer", "into norm", "scale and shift"]
 
@@ -183,6 +193,7 @@ class _Planner:
 
 
 def planned(subject: Subject) -> tuple[list[Part], dict[str, str]]:
+    """All changes, and the norms that stay with the reasons."""
     planner = _Planner(subject)
     planner.input_scaling()
     order = {call.module: i for i, call in reversed(list(enumerate(subject.flow.calls)))}
@@ -218,6 +229,7 @@ def _as_affine(scaling: Scaling, shape: tuple[int, ...]) -> Affine | None:
 
 
 def held(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a dotted name."""
     owner, _, attribute = name.rpartition(".")
     found = getattr(model.get_submodule(owner), attribute)
     assert isinstance(found, Tensor)

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-IMPORTS
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from truenorm.calling import mapped, tensors_in
+from truenorm.folding.affine import Affine, Weighted, rounded
+from truenorm.folding.plan import Part, Target, held
+from truenorm.folding.remnants import ScaleShift, Shifted
+from truenorm.folding.structure import dtype_of
+from truenorm.folding.subject import Subject, in_double, seeded
+from truenorm.folding.writing import built, fill
 
 BOUNDS = {
     torch.float64: 1e-12,
@@ -137,7 +151,7 @@ def prove(subject: Subject, parts: list[Part]) -> None:
         for name, affine in part.alone.items():
             _prove_alone(subject, part, name, affine)
         kinds = [held(subject.model, t.weights.weight).dtype for t in part.targets]
-        bound = max((bound(kind) for kind in kinds), default=bound(dtype_of(subject.model)))
+        bound = max((bound_of(kind) for kind in kinds), default=bound_of(dtype_of(subject.model)))
         if not part.error <= max(bound, _SLACK * part.unfolded):
             part.fault = f"the pair's proof failed: error {part.error:.1e}, allowed {bound:.0e}"
 
@@ -160,7 +174,8 @@ def _prove_alone(subject: Subject, part: Part, name: str, affine: Affine) -> Non
     part.unfolded = max(part.unfolded, distance(exact, affine.along(u.to(dtype))))
 
 
-def bound(dtype: torch.dtype) -> float:
+def bound_of(dtype: torch.dtype) -> float:
+    """The largest error that passes without a look at the original's own."""
     return BOUNDS.get(dtype, BOUNDS[torch.float32])
 
 
@@ -218,7 +233,7 @@ class Whole:
         error, precise, against, own = self.errors(parts)
         if precise is not None and not precise <= _EXACT:
             return False
-        bound = bound(dtype_of(self.subject.model))
+        bound = bound_of(dtype_of(self.subject.model))
         return error <= bound or against <= max(bound, _SLACK * own)
 
 
@@ -252,9 +267,8 @@ def _inputs_like(subject: Subject) -> Iterator[tuple[tuple[Any, ...], dict[str, 
         yield mapped(subject.args, other), mapped(subject.kwargs, other)
 
 
-def sifted(subject: Subject, parts: list[Part]) -> list[Part]:
+def sifted(whole: Whole, parts: list[Part]) -> list[Part]:
     """The parts that, together, leave the model what it is; halves are tried where all fail."""
-    whole = Whole(subject)
     kept: list[Part] = []
 
     def add(group: list[Part]) -> None:
@@ -267,5 +281,4 @@ def sifted(subject: Subject, parts: list[Part]) -> list[Part]:
             add(group[len(group) // 2 :])
 
     add(parts)
-    subject.whole = whole
     return kept

@@ -5,7 +5,14 @@ Plain values describe it, so that it can be stored, and given to a freshly built
 
 from __future__ import annotations
 
-IMPORTS
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truenorm.folding.remnants import Cast, Function, RawInput, Remainder, ScaleShift, Shifted
+
 
 def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built ``model`` the structure of a folded one, whose state dict then fits.

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-IMPORTS
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
+
+from truenorm.borrowing import unwrapped
+from truenorm.calling import tensors_in
+from truenorm.data import Scaling
+from truenorm.errors import InputError
+from truenorm.flow import Call, Flow, Node, flow_of
+from truenorm.folding.affine import Affine, of_statistics
+from truenorm.folding.structure import remnant
+from truenorm.folding.wiring import hooks_of
+from truenorm.layers import BatchNorm
 
 INPUT = "(input scaling)"
 
@@ -44,7 +63,6 @@ class Subject:
     flow: Flow
     norms: dict[str, Norm]
     left: dict[str, str]
-    whole: Whole | None = None
 
     @classmethod
     def of(cls, model: nn.Module, example: Any, scaling: Scaling | None) -> Subject:
@@ -113,17 +131,6 @@ class Subject:
                 self.left[name] = found
 
         return module.register_forward_hook(look, with_kwargs=True).remove
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module itself, under torch.compile, DDP and DataParallel."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

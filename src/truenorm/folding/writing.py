@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-IMPORTS
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from truenorm.folding.affine import Affine, rounded
+from truenorm.folding.plan import Part, Target
+from truenorm.folding.remnants import RawInput, ScaleShift, Shifted
+from truenorm.folding.structure import refold
+from truenorm.folding.subject import INPUT, Subject
+
 
 def plan_of(subject: Subject, parts: Iterable[Part]) -> dict[str, Any]:
     """The structure of a folded model, in plain values."""
@@ -67,6 +79,7 @@ def _write(model: nn.Module, target: Target, owner: nn.Module) -> None:
 
 
 def fill(there: ScaleShift, affine: Affine) -> None:
+    """Write a map's numbers, rounded once."""
     there.scale.copy_(rounded(affine.scale, there.scale.dtype))
     there.shift.copy_(rounded(affine.shift, there.shift.dtype))
 

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from truenorm.exporting import Exported
-from truenorm.folding import Folded
+from truenorm.folding.fold import Folded
 from truenorm.job import Job
 from truenorm.predict import Prediction
 from truenorm.run import to_json, write_atomically

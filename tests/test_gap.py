@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import patients
+import truenorm as tn
+from patients import batches, trained
+
+
+def why(diagnosis, code="TN103"):
+    return next((s.why for s in diagnosis.skipped if s.code == code), "")
+
+
+def passed(diagnosis, code="TN103"):
+    return code in diagnosis.passed
+
+
+class Counted(nn.Module):
+    """Counts the examples that pass, whatever the batches."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.told = inner, ([],)  # deeper than what examine gives back
+
+    @property
+    def seen(self):
+        return self.told[0]
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return self.inner(x)
+
+
+class Answering(nn.Module):
+    """A trained network whose output is made of its logits by a function."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.net, self.form = trained("mlp"), form
+
+    def forward(self, x):
+        return self.form(self.net(x))
+
+
+def shifted(model, by=4.0):
+    norm = patients.norms(model)[0]
+    norm.running_mean.add_(by * norm.running_var.sqrt())
+    return model
+
+
+# -- false alarms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_few_data_are_no_reason_for_an_alarm(seed, targets):
+    # In the very data that they come from, statistics of 32 rows look better than honest ones.
+    data = [(x, y) if targets else x for x, y in batches("mlp", 2, seed=seed, size=32)]
+    assert passed(tn.examine(trained("mlp"), data))
+
+
+def test_in_sample_optimism_is_no_gap():
+    """The largest of 400 standardized channels: exact statistics of the data bound it."""
+
+    class Largest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(400)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    def loss(out, target):
+        means = out.double().mean(0)  # in-sample statistics make it 0
+        return 20 * means.square().mean() + 1e-3
+
+    torch.manual_seed(0)
+    model, data = Largest().eval(), list(torch.randn(2, 40, 400).unbind())
+    model.norm.running_mean.normal_(0, 1e-4)
+    model.norm.num_batches_tracked.fill_(1000)
+    (own,) = (tn.recalibrate(Largest().eval(), [x]).model(x) for x in data[:1])
+    assert loss(model(data[0]), None) > 10 * loss(own, None)  # what a naive comparison would see
+    assert passed(tn.examine(model, data, loss=loss))
+
+
+def test_two_kinds_of_batches_in_turn_come_into_both_halves():
+    data = [(x + 2 * (i % 2), y) for i, (x, y) in enumerate(batches("mlp", 8))]
+    model = trained("mlp")
+    tn.recalibrate(model, [x for x, _ in data])
+    assert passed(tn.examine(model, data))
+
+
+def test_statistics_that_differ_without_harm_to_the_loss_are_a_note():
+    model = trained("mlp")
+    norm = patients.norms(model)[-1]
+    norm.running_var.div_(6)  # larger logits, in the same order
+    found = tn.examine(model, batches("mlp")).of("TN103")
+    assert [f.severity for f in found] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "least"), [(2, 20, "20 values"), (1, 40, "20 values"), (8, 4, "16 values")]
+)
+def test_too_few_values_are_said_to_be_too_few(count, size, least):
+    diagnosis = tn.examine(shifted(trained("mlp")), batches("mlp", count, size=size))
+    assert least in why(diagnosis)
+    assert "need 32" in why(diagnosis)
+
+
+# -- what is found ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_a_gap_is_found_in_few_batches_too(count):
+    size = 96 if count < 3 else 48
+    (found,) = tn.examine(shifted(trained("mlp")), batches("mlp", count, size=size)).of("TN103")
+    assert found.severity == "error"
+    evidence = found.evidence
+    assert evidence["loss with running statistics"] > evidence["loss with exact statistics"] + 0.5
+    assert evidence["accuracy with running statistics"] < evidence["accuracy with exact statistics"]
+    assert evidence[f"share of {found.layer} alone"] > 0.8
+    assert 3 < evidence["shift of the mean in standard deviations"] < 6
+    assert "batch" in evidence["measured on"]
+
+
+def test_in_a_chain_that_is_stale_throughout_each_layer_has_a_share():
+    model = trained("resnet")
+    for norm in patients.norms(model):
+        norm.running_mean.mul_(0.3)
+        norm.running_var.mul_(0.3).add_(0.7 * 9)
+    (found,) = tn.examine(model, batches("resnet")).of("TN103")
+    turns = [v for k, v in found.evidence.items() if k.endswith("in turn")]
+    assert len(turns) == 3
+    assert all(math.isfinite(v) for v in turns)
+    found.fix()
+    assert passed(tn.examine(model, batches("resnet")))
+
+
+def test_layers_are_looked_at_by_suspicion_and_it_is_said():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(12)]
+    model = patients.train(nn.Sequential(*layers, nn.Linear(6, 3)), "mlp")
+    model[3][1].running_var.div_(100)
+    (found,) = tn.examine(model, batches("mlp")).of("TN103")
+    assert found.layer == "3.1"
+    assert "2 of 8 batches, 8 of 12 layers" in found.evidence["measured on"]
+
+
+def test_the_cause_tells_of_the_channel_where_only_one_is_off():
+    model = trained("mlp")
+    norm = patients.norms(model)[0]
+    channel = int(norm.weight.abs().argmax())
+    norm.running_var[channel] /= 3000
+    (found,) = tn.examine(model, batches("mlp")).of("TN103")
+    assert f"x too small in channel {channel}" in found.cause
+
+
+def test_layers_with_too_few_values_keep_theirs_and_are_counted():
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Sigmoid())
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            y = self.body(x)
+            return self.head(y * self.gate(y))
+
+    torch.manual_seed(0)
+    model = patients.train(Squeezed(), "convnet")
+    model.body[1].running_var.div_(200)
+    (found,) = tn.examine(model, batches("convnet", 4, size=12)).of("TN103")
+    assert found.layer == "body.1"
+    assert found.evidence["layers left out for too few values"] == 1
+
+
+# -- what must not crash ---------------------------------------------------------------------------
+
+
+@dataclass
+class Told:
+    text: str
+
+
+class Opaque:
+    pass
+
+
+@pytest.mark.parametrize(
+    "form", [lambda y: None, lambda y: Opaque(), lambda y: Told("x"), lambda y: y.argmax(1)]
+)
+def test_an_output_without_answers_is_not_looked_at(form):
+    diagnosis = tn.examine(shifted(Answering(form)), batches("mlp"))
+    assert "holds no loss, and no tensor" in why(diagnosis)
+    assert "no tensor" in why(diagnosis, "TN304")
+
+
+@pytest.mark.parametrize("form", [lambda y: (y, None), lambda y: {"a": "x", "z": y}])
+def test_answers_may_lie_anywhere_in_the_output(form):
+    assert tn.examine(shifted(Answering(form)), batches("mlp")).of("TN103")
+
+
+def test_answers_of_another_shape_in_each_batch_are_compared_batch_by_batch():
+    def ragged(y):
+        return y.repeat(1, 1 + int(y.shape[0] % 3))
+
+    data = [x[: 20 + i] for i, (x, _) in enumerate(batches("mlp"))]
+    assert passed(tn.examine(Answering(ragged), data))
+    assert tn.examine(shifted(Answering(ragged)), data).of("TN103")
+
+
+def test_answers_whose_shape_hangs_on_the_statistics_are_not_compared():
+    def kept(y):
+        return y.repeat(1, 1 + int(y.detach().abs().sum() * 1e4) % 97)
+
+    diagnosis = tn.examine(shifted(Answering(kept)), [x for x, _ in batches("mlp")])
+    assert "other shapes" in why(diagnosis)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_never_finite_is_said_to_be_so(value):
+    diagnosis = tn.examine(
+        shifted(trained("mlp")), batches("mlp"), loss=lambda out, target: out.sum() * 0 + value
+    )
+    assert "with exact statistics, too" in why(diagnosis)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_only_running_statistics_spoil_is_an_error_of_their_layer(value):
+    sound = shifted(trained("mlp"), by=0)
+
+    def loss(out, target):
+        usual = F.cross_entropy(out, target)
+        return usual if usual < 1.5 else usual * value
+
+    assert passed(tn.examine(sound, batches("mlp"), loss=loss))
+    (found,) = tn.examine(shifted(trained("mlp"), by=9), batches("mlp"), loss=loss).of("TN103")
+    assert found.severity == "error"
+    assert found.layer == "1"
+
+
+def test_a_constant_answer_has_no_gap():
+    assert passed(tn.examine(shifted(Answering(lambda y: y * 0)), [x for x, _ in batches("mlp")]))
+
+
+def test_a_model_that_draws_in_evaluation_is_compared_with_the_same_draws():
+    noisy = Answering(lambda y: y + 30 * torch.randn_like(y))
+    assert passed(tn.examine(noisy, batches("mlp")))
+
+
+def test_a_layer_that_has_no_shape_yet_is_not_looked_at():
+    model = Answering(lambda y: y)
+    model.spare = nn.LazyBatchNorm1d()  # never called
+    for data in (None, batches("mlp")):
+        assert tn.examine(model, data).healthy
+    assert model.spare.has_uninitialized_params()
+
+
+def test_a_lazy_model_is_examined_and_lazy_again():
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+    assert tn.examine(model, batches("mlp")).healthy
+    assert [type(m) for m in model[:2]] == [nn.LazyLinear, nn.LazyBatchNorm1d]
+
+
+def test_large_answers_are_compared_in_part(monkeypatch):
+    monkeypatch.setattr("truenorm.doctor.facts.MOST_ANSWERS", 40)
+    wide = Answering(lambda y: y.repeat(1, 50))
+    data = [x for x, _ in batches("mlp")]
+    assert passed(tn.examine(wide, data))
+    assert tn.examine(shifted(wide), data).of("TN103")
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ill", [False, True])
+def test_an_examination_takes_few_forwards(ill):
+    model = Counted(trained("resnet"))
+    if ill:
+        shifted(model)
+    data = batches("resnet")
+    diagnosis = tn.examine(model, data)
+    assert bool(diagnosis.of("TN103")) == ill
+    assert 0 < sum(model.seen) <= (9 if ill else 4) * sum(len(x) for x, _ in data)
+
+
+def test_batches_that_cannot_be_joined_are_passed_one_by_one():
+    model = Counted(shifted(trained("convnet")))
+    data = batches("convnet", 4) + [(x[..., :10], y) for x, y in batches("convnet", 4, seed=2)]
+    (found,) = tn.examine(model, data).of("TN103")
+    assert found.layer == next(n for n, m in model.named_modules() if m in patients.norms(model))
+    assert max(model.seen) == patients.BATCH
