@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench recipes wheel clean
+.PHONY: train test lint zoo recall bench recipes wheel clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -16,10 +16,17 @@ lint: .venv/ready-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+zoo: .venv/ready-dev
+	$(BIN)/python -m pytest -m "zoo or not zoo" tests/test_zoo.py tests/test_recall.py
+
+recall: .venv/ready-dev
+	$(BIN)/python bench/recall.py
+
 bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/small_batch.py
+	$(BIN)/python bench/doctor.py
 
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py

@@ -10,6 +10,7 @@ from torch import nn
 
 import patients
 import truenorm as tn
+import zoo
 from patients import HEALTHY, PATIENTS, batches, trained
 from truenorm.doctor.register import CHECKS
 
@@ -174,3 +175,58 @@ def test_the_fixture_examines_a_model(assert_healthy):
     patients.norms(model)[0].running_mean[0] = float("inf")
     with pytest.raises(AssertionError, match="TN102"):
         assert_healthy(model)
+
+
+@pytest.mark.parametrize("kind", patients.KINDS)
+def test_counts_of_batches_that_a_measurement_moves_are_seen_by_no_other_check(kind):
+    model = trained(kind)
+    for norm in patients.norms(model):
+        norm.num_batches_tracked.fill_(1000)
+    assert not tn.examine(model, batches(kind, 4)).of("TN104")
+
+
+def test_an_embedding_that_ends_in_a_norm_is_no_answer_normalized_over_the_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    patients.train(model, "mlp")
+    (finding,) = tn.examine(model, batches("mlp")).of("TN406")
+    assert finding.severity == "note"
+    scores = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.BatchNorm1d(3))
+    patients.train(scores, "mlp")
+    (finding,) = tn.examine(scores, batches("mlp")).of("TN406")
+    assert finding.severity == "warning"
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_what_dropout_does_is_measured_the_same_whatever_the_random_state(untrained):
+    def ratio(seed):
+        model = zoo.build("table") if untrained else zoo.trained("table")
+        torch.manual_seed(seed)
+        (finding,) = tn.examine(model, zoo.batches("table", 4)).of("TN403")
+        assert finding.severity == "note"
+        return finding.evidence["variance in training over variance in evaluation"]
+
+    assert ratio(0) == ratio(1) == ratio(2)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_the_frozen_target_of_a_network_that_learns_may_move_its_statistics(name):
+    online = trained(name)
+    target = copy.deepcopy(online).requires_grad_(False)
+    both = nn.ModuleDict({"online": online, "target": target}).train()
+    assert {f.severity for f in tn.examine(both).of("TN202")} == {"note"}
+    online.requires_grad_(False)
+    both["head"] = nn.Linear(2, 2)
+    assert {f.severity for f in tn.examine(both).of("TN202")} == {"error"}
+
+
+def test_an_answer_is_looked_at_in_eval_mode_whatever_the_mode():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    patients.train(model, "mlp").train()
+    data = [(x[:1], y[:1]) for x, y in batches("mlp")]
+    assert tn.examine(model, data).of("TN406")
+
+
+def test_the_parts_of_a_batch_go_to_what_a_parallel_wrapper_holds():
+    model = nn.DataParallel(zoo.trained("two towers"))
+    assert tn.examine(model, zoo.batches("two towers", 4)).layers == 1

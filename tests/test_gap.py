@@ -99,9 +99,16 @@ def test_two_kinds_of_batches_in_turn_come_into_both_halves():
 def test_statistics_that_differ_without_harm_to_the_loss_are_a_note():
     model = trained("mlp")
     norm = patients.norms(model)[-1]
-    norm.running_var.div_(6)  # larger logits, in the same order
+    norm.running_var.div_(3)  # larger logits, in the same order
     found = tn.examine(model, batches("mlp")).of("TN103")
     assert [f.severity for f in found] == ["note"]
+
+
+def test_statistics_that_are_far_off_are_a_warning_though_the_loss_bears_them():
+    model = trained("mlp")
+    patients.norms(model)[-1].running_var.div_(6)
+    found = tn.examine(model, batches("mlp")).of("TN103")
+    assert [f.severity for f in found] == ["warning"]
 
 
 @pytest.mark.parametrize(

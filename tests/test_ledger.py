@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import loops
 import patients
 import truenorm as tn
 from patients import batches, norms, trained
+from truenorm.doctor import ledger as ledgers
 
 KINDS = ("mlp", "convnet", "resnet", "transformer")
 
@@ -138,3 +141,110 @@ def test_a_ledger_can_be_judged_inside_its_block():
     with tn.watch(model) as ledger:
         model(batches("mlp")[0][0])
         assert ledger.diagnosis().layers == len(patients.norms(model))
+
+
+@pytest.fixture(params=[True, False], ids=["in detail", "from afar"])
+def detail(request, monkeypatch):
+    """A loop that has time for all details, and one that has none after the first window."""
+    monkeypatch.setattr(ledgers, "DETAIL_SHARE", 1e9 if request.param else 0.0)
+    return request.param
+
+
+@pytest.mark.parametrize("loop", loops.HEALTHY.values(), ids=loops.HEALTHY)
+def test_a_healthy_loop_raises_no_alarm(loop, detail):
+    diagnosis = loop().diagnosis()
+    assert diagnosis.healthy, str(diagnosis)
+
+
+@pytest.mark.parametrize(("code", "severity", "loop"), loops.FAULTY.values(), ids=loops.FAULTY)
+def test_a_fault_of_a_loop_is_found(code, severity, loop, detail):
+    diagnosis = loop().diagnosis()
+    assert severity in {finding.severity for finding in diagnosis.of(code)}, str(diagnosis)
+    others = {f.code for f in diagnosis.worse_than("warning")} - {code}
+    assert not others, str(diagnosis)
+
+
+@pytest.mark.parametrize("loop", loops.HEALTHY.values(), ids=loops.HEALTHY)
+def test_calls_seen_from_afar_are_counted_as_those_seen_closely_are(loop, monkeypatch):
+    tables = []
+    for share in (1e9, 0.0):
+        monkeypatch.setattr(ledgers, "DETAIL_SHARE", share)
+        head, *lines = loop().table().splitlines()
+        tables.append([head.split(";")[0], *lines])
+    assert tables[0] == tables[1]
+
+
+def test_evaluation_on_other_data_than_the_statistics_were_made_of_is_found(monkeypatch):
+    monkeypatch.setattr(ledgers, "DETAIL_SHARE", 1e9)
+    (finding,) = loops.validation_data_of_another_distribution().diagnosis().of("TN103")
+    assert (finding.layer, finding.severity) == ("encoder.1", "warning")
+
+
+@pytest.mark.parametrize("wrapped", ["watched", "within"])
+def test_ddp_training_is_healthy(wrapped, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, optimizer = loops.made()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        watched = parallel if wrapped == "watched" else model
+        ledger = loops.trained(parallel, optimizer, watched=watched)
+        assert ledger.diagnosis().healthy, str(ledger.diagnosis())
+        assert ledger.steps == ledger.forwards == loops.STEPS
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["compiled inside", "compiled before"])
+def test_a_compiled_model_is_skipped_with_the_reason(inside):
+    model, optimizer = loops.made()
+    compiled = torch.compile(model, backend="eager")
+    if not inside:
+        loops.learn(compiled, optimizer, next(loops.data()))
+    diagnosis = loops.trained(compiled, optimizer, stream=loops.data(4)).diagnosis()
+    torch.compiler.reset()
+    assert diagnosis.healthy, str(diagnosis)
+    whys = {skipped.code: skipped.why for skipped in diagnosis.skipped}
+    assert all("compiled" in whys[code] for code in ("TN203", "TN204", "TN305"))
+
+
+def test_where_nothing_happened_nothing_has_passed():
+    model, optimizer = loops.made()
+    with tn.watch(model, optimizer) as ledger:
+        pass
+    whys = {skipped.code: skipped.why for skipped in ledger.diagnosis().skipped}
+    for code in ("TN201", "TN203", "TN204", "TN302", "TN303", "TN305", "TN306"):
+        assert whys[code] == "no batch norm was called while it was watched"
+
+
+@pytest.mark.parametrize("where", ["loop", "layer", "backward"])
+def test_an_error_in_the_block_is_raised_unchanged_and_leaves_no_hook(where):
+    class Mine(Exception):
+        pass
+
+    error = Mine("as it was")
+
+    def fail(*_):
+        raise error
+
+    model, optimizer = loops.made()
+    before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    def loop():
+        for batch in loops.data(3):
+            loops.learn(model, optimizer, batch)
+        if where == "layer":
+            model.encoder[1].forward = fail
+        out = model(batch[0]).sum()
+        if where == "backward":
+            out.register_hook(fail)
+            out.backward()
+        fail()
+
+    with pytest.raises(Mine) as caught, tn.watch(model, optimizer):
+        loop()
+    assert caught.value is error
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
+    hooks = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
+    assert not any(hook for pair in hooks for hook in pair)
+    assert not _global_optimizer_post_hooks

@@ -84,17 +84,27 @@ def test_an_output_without_examples_is_not_looked_at(form):
     assert "no tensor with an entry" in why(Formed(untracked(), form), batches("mlp"))
 
 
+def test_examples_that_meet_by_design_are_a_note_at_most():
+    def capacity(y: torch.Tensor) -> torch.Tensor:
+        return y * (torch.arange(len(y)) >= len(y) // 4)[:, None] / len(y)
+
+    diagnosis = tn.examine(Formed(trained("mlp"), capacity), batches("mlp"))
+    assert [f.severity for f in diagnosis.of("TN304")] == ["note"]
+    assert diagnosis.healthy
+
+
 @pytest.mark.parametrize(
     "form",
     [
         lambda y: y - y.mean(0),
-        lambda y: y * (torch.arange(len(y)) >= len(y) // 4)[:, None] / len(y),  # a capacity
+        lambda y: y / y.abs().amax(0, keepdim=True),
+        lambda y: (y - y.mean()) / y.std(),
     ],
 )
-def test_examples_that_meet_by_design_are_a_note_at_most(form):
-    diagnosis = tn.examine(Formed(trained("mlp"), form), batches("mlp"))
-    assert [f.severity for f in diagnosis.of("TN304")] == ["note"]
-    assert diagnosis.healthy
+def test_statistics_of_the_batch_taken_by_hand_are_a_warning(form):
+    (found,) = tn.examine(Formed(trained("mlp"), form), batches("mlp")).of("TN304")
+    assert found.severity == "warning"
+    assert "over the batch" in found.evidence["by"]
 
 
 def test_a_contrastive_matrix_is_not_compared():

@@ -110,6 +110,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _signature(model: nn.Module) -> tuple[int, tuple[str, ...] | None]:
     """How many positional arguments its forward requires, and its names; None if it takes all."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module  # whose arguments the wrapper passes on
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # some scripted modules

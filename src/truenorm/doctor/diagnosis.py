@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -205,8 +206,10 @@ def examine(
         arguments: makes the model's arguments of a batch.
 
     Raises:
-        InputError: data without a batch, or a batch the model cannot be called on.
+        InputError: data without a batch, a batch the model cannot be called on, or a model on the
+            meta device, whose tensors have no values.
     """
+    _refuse_without_values(model)
     with borrowed(model), eager(model):
         facts = gather(
             model, data, optimizer=optimizer, loss=loss, device=device, arguments=arguments
@@ -224,6 +227,7 @@ def examined(
     judged: dict[str, Callable[[Facts], Iterator[Found]]],
 ) -> Diagnosis:
     """Examine without data, with checks of ``judged`` in the place of those of the same code."""
+    _refuse_without_values(model)
     with borrowed(model), eager(model):
         facts = gather(model, None, optimizer=optimizer, loss=None, device=None, arguments=None)
         modes = {m: m.training for m in model.modules()}
@@ -240,6 +244,12 @@ def examined(
     return _diagnosis(results, len(facts.norms))
 
 
+def _refuse_without_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and not nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name} is on the meta device and has no values; load them first.")
+
+
 _Result = tuple[Check, list[Found], str | None]
 
 
@@ -254,10 +264,13 @@ def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
         return check, [], missing
     for module, mode in modes.items():
         module.training = mode
-    if check.evaluates:
-        to_eval(facts.model)
+    # What a check changes to measure, as the statistics, no later one may see.
+    held = borrowed(facts.model) if check.evaluates else contextlib.nullcontext()
     try:
-        return check, list(check.look(facts)), None
+        with held:
+            if check.evaluates:
+                to_eval(facts.model)
+            return check, list(check.look(facts)), None
     except NotApplicable as why:
         return check, [], str(why)
     finally:

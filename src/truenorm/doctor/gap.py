@@ -27,8 +27,10 @@ ACCURACY_SEVERE = 0.05
 # Where no loss tells, or it does not suffer: answers that differ by half of their size, and by
 # twice what the statistics of two halves of the data make them differ by.
 OUTPUT_GAP, OUTPUT_NOISE = 0.5, 2.0
-# Variances ten times off are wrong, whatever the loss: data of another kind change them by 2 to 3.
-WRONG_RATIO = 10.0
+# Statistics so far off are wrong, whatever the loss; as a mean over channels of squared shifts and
+# squared logarithms of ratios. Variances 3.4 times off come to it, or means off by 1.2 standard
+# deviations; data of another kind change variances by 2 to 3.
+WRONG_BY = 1.5
 # What the cause tells of: the variance from half as much again, else the mean, or one channel.
 TOLD_RATIO, TOLD_SHIFT = 1.5, 0.5
 # Values per channel in half of the data. A mean of 32 is off by 0.18 standard deviations, a
@@ -165,7 +167,7 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     lead, share, alone = shares.lead()
     severity = harm.severity
     ratio = study.variance_ratio(lead)
-    if severity == "note" and not 1 / WRONG_RATIO < ratio < WRONG_RATIO:
+    if severity == "note" and study.suspicion(lead) > WRONG_BY:
         severity = "warning"
     where = lead.name or "(model)"
     sits = f"{min(max(share, 0), 1):.0%} of the gap sits in {where}"

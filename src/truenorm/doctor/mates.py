@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from truenorm.calling import answers_of, examples_of, part_of, tensors_in
 from truenorm.doctor.checks import Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.flow import Node
 from truenorm.functional import moments, wide
 
 # Answers of a half batch that differ by more of their size than any change of kernel explains: in
@@ -20,6 +21,10 @@ MATES, MATES_EPS = 1e-3, 16
 # Padding that makes up a twentieth of the positions and moves a channel's mean by a quarter of a
 # standard deviation, or its variance by half.
 PADDED, PADDED_SHIFT, PADDED_RATIO = 0.05, 0.25, 1.5
+_STATISTICS = {
+    *("mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "vector_norm", "logsumexp"),
+    *("max", "min", "amax", "amin", "aminmax", "median", "quantile"),
+}
 LEAST_POSITIONS = 4  # of a sequence, or what a strided layer leaves of it
 # Keys of a dict batch, with what their masks have at a real position.
 MASKS = {
@@ -70,10 +75,15 @@ def _mates(facts: Facts, batch: Any) -> Iterator[Found]:
         return
     culprits = _culprits(facts)
     evidence: dict[str, Any] = {"largest difference over mean answer": apart, "limit": limit}
+    pooled = _pooled_over_examples(facts, number)
     if culprits:
         evidence["by"] = ", ".join(name or "(model)" for name in culprits)
         cause = "alone or with others, an example gets another answer"
         yield Found(culprits[0] or None, "error", cause, evidence)
+    elif pooled is not None:
+        evidence["by"] = f"{pooled.op} over the batch in {pooled.module or '(model)'}"
+        cause = "alone or with others, an example gets another answer: statistics by hand"
+        yield Found(pooled.module or None, "warning", cause, evidence)
     else:
         cause = "examples meet in evaluation, by no normalization: as in routing with a capacity"
         yield Found(None, "note", cause, evidence)
@@ -98,6 +108,21 @@ def _culprits(facts: Facts) -> list[str]:
     return list(dict.fromkeys([*called, *own]))
 
 
+def _pooled_over_examples(facts: Facts, number: int) -> Node | None:
+    """What takes a statistic over the batch's axis, if anything: a normalization by hand."""
+    assert facts.flow is not None
+    nodes = facts.flow.nodes
+    for node in nodes:
+        if node.op not in _STATISTICS or len(node.inputs) != 1:
+            continue
+        given, made = nodes[node.inputs[0]].shape, node.shape
+        if len(given) < 2 or given[0] % number or not given[0]:
+            continue
+        if made in ((), given[1:]) or (len(made) == len(given) and made[0] == 1):
+            return node
+    return None
+
+
 def _answers(facts: Facts, batch: Any) -> Tensor | None:
     assert facts.call is not None
     with torch.no_grad():
@@ -111,7 +136,9 @@ def _answers(facts: Facts, batch: Any) -> Tensor | None:
 def _padding(facts: Facts, batch: Any) -> Iterator[Found]:
     real = _real_by_name(batch)
     if real is None:
-        real = _real_by_tails(batch)
+        assert facts.call is not None
+        prepared = facts.call.prepare(batch)
+        real = _real_by_tails((prepared.args, prepared.kwargs))
     if real is None:
         return
     for name, x in _sequences(facts, batch).items():
@@ -177,9 +204,9 @@ def _real_by_name(batch: Any) -> Tensor | None:
     return None
 
 
-def _real_by_tails(batch: Any) -> Tensor | None:
+def _real_by_tails(given: Any) -> Tensor | None:
     """(N, L) bool: False in each example's constant tail, if tails of several lengths exist."""
-    for x in tensors_in(batch):
+    for x in tensors_in(given):
         if x.ndim not in (2, 3) or x.shape[0] < 2:
             continue
         for axis in (1, 2)[: x.ndim - 1]:
@@ -191,6 +218,9 @@ def _real_by_tails(batch: Any) -> Tensor | None:
             tail = same.flip(1).cumprod(1).flip(1).bool()
             tail = tail & (tail.sum(1, keepdim=True) > 1)
             lengths = tail.sum(1)
+            ends = flat[lengths > 0, -1]
+            if (ends != ends[:1]).any():  # what pads is the same for all
+                continue
             if float(tail.double().mean()) > PADDED and len(set(lengths.tolist())) > 1:
                 return ~tail
     return None
