@@ -121,8 +121,6 @@ class Flow:
                 waiting += self.nodes[number].inputs
 
 
-
-
 class _Recorder(TorchFunctionMode):
     """Notes each torch function that is called, and which results it took."""
 

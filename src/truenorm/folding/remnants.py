@@ -69,7 +69,7 @@ class RawInput(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Scale ``x``, in the type of the model's first parameter, and call the model on it."""
-        x = x.to(next(self.model.parameters()).dtype)
+        x = x.to(next((p.dtype for p in self.model.parameters()), torch.float32))
         if self.shift is not None:
             x = x - self.shift
         if self.scale is not None:

@@ -54,7 +54,7 @@ class Norm:
 
 @dataclass
 class Subject:
-    """A copy of the model with its example, and what was seen of it."""
+    """A model with its example, and what was seen of it."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -66,6 +66,11 @@ class Subject:
 
     @classmethod
     def of(cls, model: nn.Module, example: Any, scaling: Scaling | None) -> Subject:
+        """Copy ``model`` and run the copy.
+
+        Raises:
+            InputError: it cannot be copied, or does not run on the example.
+        """
         model = unwrapped(model)
         args, kwargs = as_arguments(example)
         try:
@@ -75,6 +80,21 @@ class Subject:
                 f"{type(model).__name__} cannot be copied ({error}); fold a freshly built model "
                 "with the same state dict."
             ) from error
+        return cls.seen(model, args, kwargs, scaling)
+
+    @classmethod
+    def seen(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        scaling: Scaling | None = None,
+    ) -> Subject:
+        """Run ``model`` itself, which must be the caller's to run.
+
+        Raises:
+            InputError: it does not run on these arguments.
+        """
         subject = cls(model, args, kwargs, scaling, Flow(), {}, {})
         inputs = subject.scaled(args)
         try:
