@@ -32,10 +32,11 @@ import patients
 import test_zoo
 import truenorm
 import zoo
+from truenorm.borrowing import borrowed
 from truenorm.doctor import checks
 from truenorm.doctor.checks import Check
 from truenorm.doctor.diagnosis import _made
-from truenorm.doctor.facts import Facts, as_it_was, gather, observe
+from truenorm.doctor.facts import Facts, gather, observe
 from truenorm.doctor.register import CHECKS
 
 PAGE = ROOT / "docs" / "doctor" / "recall.md"
@@ -90,7 +91,7 @@ class Examined:
 
     def loudest(self, check: Check) -> str | None:
         """The severity of the check's worst finding, or None."""
-        with as_it_was(self.facts.model):
+        with borrowed(self.facts.model):
             modes = {m: m.training for m in self.facts.model.modules()}
             found = {f.severity for f in _made(check, self.facts, modes)[1]}
         return next((s for s in ("error", "warning", "note") if s in found), None)
@@ -109,7 +110,7 @@ class Examined:
 def examined(case: faults.Case, plan: faults.Plan | None, *, data: bool) -> Examined:
     """The facts that :func:`truenorm.examine` would collect."""
     given = {"optimizer": None, "loss": None, "device": None, "arguments": None} | case.given
-    with as_it_was(case.model):
+    with borrowed(case.model):
         facts = gather(case.model, case.batches if data else None, **given)
         if data:
             observe(facts)

@@ -264,6 +264,9 @@ def loss_of(output: Any, target: Any, loss: Loss | None = None) -> float | None:
         return None
     wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
     if classifies(out, target):
+        counted = target[target != _IGNORED]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < out.shape[1]:
+            return None  # identities beside an embedding, say
         return F.cross_entropy(wide, target.long()).item()
     if target.is_floating_point() and out.is_floating_point() and out.shape == target.shape:
         return F.mse_loss(wide, target.to(wide.dtype)).item()
