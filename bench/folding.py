@@ -224,7 +224,7 @@ def _seconds(run: Inference, x: Tensor, calls: int) -> float:
 def _speed_text(rows: list[dict[str, Any]], rounds: int) -> str:
     lines = [
         f"{torch.get_num_threads()} threads; n = {rounds} rounds (four times as many for the "
-        "MLP) of other, folded, other; speed of the folded model over the mean of its neighbours', as "
+        "MLP) of other, folded, other; speed of the folded over the mean of its neighbours', as "
         "median (range).",
         "",
         "| model | batch | folded, ms | over unfolded | over torch.fx's fuse | target |",
