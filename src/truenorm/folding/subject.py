@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
-from truenorm.borrowing import unwrapped
-from truenorm.calling import tensors_in
+from truenorm.borrowing import eager, unwrapped
+from truenorm.calling import mapped, tensors_in
 from truenorm.data import Scaling
 from truenorm.errors import InputError
 from truenorm.flow import Call, Flow, Node, flow_of
@@ -73,6 +73,11 @@ class Subject:
         """
         model = unwrapped(model)
         args, kwargs = as_arguments(example)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise InputError(
+                f"{type(model).__name__}: a scripted model hides what it does; fold the module that "
+                "it was made from."
+            )
         try:
             model = copy.deepcopy(model)
         except Exception as error:  # whatever a module's own __deepcopy__ raises
@@ -173,10 +178,10 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @torch.no_grad()
 def seeded(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """One forward from the same random numbers each time, which are given back."""
-    with torch.random.fork_rng():
+    """One forward from the same random numbers each time, on copies that it may write into."""
+    with torch.random.fork_rng(), eager(model):
         torch.manual_seed(0)
-        return model(*args, **kwargs)
+        return model(*mapped(args, Tensor.clone), **mapped(kwargs, Tensor.clone))
 
 
 def normalizes(module: nn.Module) -> bool:
@@ -207,6 +212,8 @@ def _unsound(mean: Tensor, var: Tensor) -> str | None:
         torch.isfinite(mean).all() & torch.isfinite(var).all()
     ):
         return "has statistics that are not finite"
+    if bool((var < 0).any()):
+        return "has a negative running variance"
     return None
 
 
