@@ -13,25 +13,21 @@ from torch.overrides import TorchFunctionMode
 from truenorm.calling import mapped, tensors_in
 from truenorm.folding.affine import Affine, Weighted, rounded
 from truenorm.folding.plan import Part, Target, held
-from truenorm.folding.remnants import ScaleShift, Shifted
+from truenorm.folding.remnants import ScaleShift, share_of_shift
 from truenorm.folding.structure import dtype_of
 from truenorm.folding.subject import Subject, in_double, seeded
 from truenorm.folding.writing import built, fill
 
+# Largest error of an output over the largest output. Beyond it a fold passes if it errs no more
+# than four times as much as the model that was not folded: both round, at different places.
 BOUNDS = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
-
-
 _SLACK = 4
-
-
 _EXACT = 1e-9  # in float64, from end to end: some thousand roundings of 1e-16, times gains
-
-
 _PROVED_ON = 2  # examples of the inputs that a pair is proved on: float64 convolutions are slow
 
 
@@ -104,7 +100,7 @@ def _errors(
         y = run(u.to(kind), new)
         if new.border is not None:
             ones = torch.ones(1, 1, *u.shape[2:], dtype=kind, device=u.device)
-            y = y + Shifted.share(_Bare(conv), ones, new.border)  # type: ignore[arg-type]
+            y = y + share_of_shift(conv, ones, new.border)
         return y.double()
 
     for u in (taken, noise * spread + taken.mean()):
@@ -113,12 +109,6 @@ def _errors(
             max(distance(exact, folded(u, dtype)), distance(exact, folded(u, torch.float64))),
             distance(exact, whole(u, dtype)),
         )
-
-
-class _Bare(NamedTuple):
-    """What :meth:`Shifted.share` asks of itself."""
-
-    conv: nn.Module | None
 
 
 def _in(weights: Weighted, dtype: torch.dtype) -> Weighted:

@@ -99,17 +99,25 @@ class Shifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x``, and add what the shift contributes."""
         out: Tensor = self.conv(x)
-        return out + self.share(x.new_ones(1, 1, *x.shape[2:]), self.border)
+        return out + share_of_shift(self.conv, x.new_ones(1, 1, *x.shape[2:]), self.border)
 
-    def share(self, ones: Tensor, border: Tensor) -> Tensor:
-        """(1, O, *S): the shift's share, for ones (1, 1, *S) in place of an example."""
-        conv, functional = self.conv, torch.nn.functional
-        kind = f"conv{'_transpose' if conv.transposed else ''}{ones.ndim - 2}d"
-        more = (conv.output_padding, 1) if conv.transposed else ()
-        last = (conv.dilation,) if conv.transposed else (conv.dilation, 1)
-        call: Any = getattr(functional, kind)
-        share: Tensor = call(ones, border, None, conv.stride, conv.padding, *more, *last)
-        return share
+
+def share_of_shift(conv: Any, ones: Tensor, border: Tensor) -> Tensor:
+    """What a shift of its input contributes to a convolution's output.
+
+    Args:
+        conv: torch's convolution or transposed convolution.
+        ones: (1, 1, *S), in place of an example.
+        border: weights of one input channel that stands for all, (O, 1, *K) or (1, O, *K).
+
+    Returns:
+        (1, O, *S').
+    """
+    kind = f"conv{'_transpose' if conv.transposed else ''}{ones.ndim - 2}d"
+    more = (conv.output_padding, 1, conv.dilation) if conv.transposed else (conv.dilation, 1)
+    call: Any = getattr(torch.nn.functional, kind)
+    share: Tensor = call(ones, border, None, conv.stride, conv.padding, *more)
+    return share
 
 
 class Function(nn.Module):

@@ -24,12 +24,8 @@ from truenorm.folding.wiring import hooks_of
 from truenorm.layers import BatchNorm
 
 INPUT = "(input scaling)"
-
-
 _SCALING = {"sub", "rsub", "div", "truediv", "true_divide", "mul", "add", "to", "float", "type"}
 _SCALING |= {"view", "reshape", "getitem", "unsqueeze", "type_as", "expand", "detach", "as_tensor"}
-
-
 _ACTIVATIONS = {
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"),
     *("tanh", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "clamp"),
@@ -75,8 +71,8 @@ class Subject:
         args, kwargs = as_arguments(example)
         if isinstance(model, torch.jit.ScriptModule):
             raise InputError(
-                f"{type(model).__name__}: a scripted model hides what it does; fold the module that "
-                "it was made from."
+                f"{type(model).__name__}: a scripted model hides what it does; fold the module it "
+                "was made from."
             )
         try:
             model = copy.deepcopy(model)
@@ -101,9 +97,9 @@ class Subject:
             InputError: it does not run on these arguments.
         """
         subject = cls(model, args, kwargs, scaling, Flow(), {}, {})
-        inputs = subject.scaled(args)
+        copies = mapped(subject.scaled(args), Tensor.clone), mapped(kwargs, Tensor.clone)
         try:
-            flow = flow_of(model, lambda: seeded(model, inputs, kwargs), whole=True)
+            flow = flow_of(model, lambda: _run(model, *copies), whole=True)
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} does not run on example_inputs ({type(error).__name__}: "
@@ -179,9 +175,13 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @torch.no_grad()
 def seeded(model: nn.Module, args: Any, kwargs: Any) -> Any:
     """One forward from the same random numbers each time, on copies that it may write into."""
+    return _run(model, mapped(args, Tensor.clone), mapped(kwargs, Tensor.clone))
+
+
+def _run(model: nn.Module, args: Any, kwargs: Any) -> Any:
     with torch.random.fork_rng(), eager(model):
         torch.manual_seed(0)
-        return model(*mapped(args, Tensor.clone), **mapped(kwargs, Tensor.clone))
+        return model(*args, **kwargs)
 
 
 def normalizes(module: nn.Module) -> bool:
