@@ -66,10 +66,13 @@ class RawInput(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
+        first = next(model.parameters(), torch.empty(0))
+        self._like: Tensor  # follows the model to other types
+        self.register_buffer("_like", first.new_empty(0).detach(), persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Scale ``x``, in the type of the model's first parameter, and call the model on it."""
-        x = x.to(next((p.dtype for p in self.model.parameters()), torch.float32))
+        x = x.to(self._like.dtype)
         if self.shift is not None:
             x = x - self.shift
         if self.scale is not None:
