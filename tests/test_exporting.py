@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def truenorm(*args: str, where: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, cwd=where, check=False)
 
 
+@functools.cache
 def answers(place: Path) -> dict[str, object]:
     done = truenorm("predict", str(place), "digits", "--json")
     assert done.returncode == 0, done.stderr
