@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch.nn.utils import parametrize
+
 from truenorm.doctor.checks import Found, NotApplicable
 from truenorm.doctor.facts import Facts
 from truenorm.errors import InputError
+from truenorm.flow import Call
 from truenorm.folding.plan import planned
 from truenorm.folding.subject import Subject
 
@@ -28,7 +31,10 @@ def not_foldable(facts: Facts) -> Iterator[Found]:
         if not norm.seen:
             continue
         into, form = becomes.get(name, ("", None))
-        evidence = {"calls": len(subject.flow.calls_of(name))}
+        calls = subject.flow.calls_of(name)
+        if form is None and len(calls) == 1 and _parametrized(subject, calls[0]):
+            continue  # what is computed anew can be written down, and then be folded
+        evidence = {"calls": len(calls)}
         if form is None:
             yield Found(name, "note", left.get(name, "nothing takes it up"), evidence)
         elif form == "scale and shift":
@@ -37,3 +43,11 @@ def not_foldable(facts: Facts) -> Iterator[Found]:
         elif form != "into producer":
             why = f"no weights stand before it; it can go into what is behind it: {into}"
             yield Found(name, "note", why, evidence)
+
+
+def _parametrized(subject: Subject, call: Call) -> bool:
+    """Whether what comes right before a norm has a parametrization."""
+    if call.input is None:
+        return False
+    before = subject.flow.nodes[call.input].module
+    return parametrize.is_parametrized(subject.model.get_submodule(before))
