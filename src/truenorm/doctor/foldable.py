@@ -32,8 +32,8 @@ def not_foldable(facts: Facts) -> Iterator[Found]:
             continue
         into, form = becomes.get(name, ("", None))
         calls = subject.flow.calls_of(name)
-        if form is None and len(calls) == 1 and _parametrized(subject, calls[0]):
-            continue  # what is computed anew can be written down, and then be folded
+        if "computed anew" in left.get(name, "") and _parametrized(subject, calls[0]):
+            continue  # it can be written down, and then be folded
         evidence = {"calls": len(calls)}
         if form is None:
             yield Found(name, "note", left.get(name, "nothing takes it up"), evidence)
