@@ -42,6 +42,7 @@ def test_a_file_takes_raw_images_and_carries_its_metadata(tmp_path, suffix):
     exported = tn.export(model, RAW, tmp_path / f"m.{suffix}", scaling=SCALING, about=about)
     program = tn.load_program(exported.path)
     assert program.about["classes"] == ["cat", "dog"]
+    assert program.about["scaling"] == SCALING.to_json()
     expected = model(SCALING(RAW)).detach()
     torch.testing.assert_close(program.run((RAW,), {})[0], expected, atol=1e-4, rtol=1e-4)
 

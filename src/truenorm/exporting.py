@@ -92,8 +92,8 @@ def export(
     model: nn.Module,
     example_inputs: Any,
     path: Path | str,
-    *,
     format: Format | None = None,
+    *,
     fold_norms: bool = True,
     scaling: Scaling | None = None,
     about: Mapping[str, Any] | None = None,
@@ -109,7 +109,7 @@ def export(
         fold_norms: fold batch norms first (see :func:`truenorm.fold`).
         scaling: of the model's first argument, to be part of the file, which then takes raw
             inputs, and so must ``example_inputs`` be.
-        about: metadata for the file: plain values, as classes.
+        about: metadata for the file: plain values, as classes; ``scaling`` joins them.
 
     Returns:
         The file, with the largest error of its outputs.
@@ -129,6 +129,8 @@ def export(
     folded = fold(model, kwargs if kwargs else args, scaling=scaling) if fold_norms else None
     ready = whole if folded is None else folded.model
     told = {**(about or {}), "version": metadata.version("truenorm"), "torch": torch.__version__}
+    if scaling is not None:
+        told["scaling"] = scaling.to_json()
     proof: dict[str, Any] = {}
 
     def write(beside: Path) -> None:
