@@ -47,6 +47,18 @@ def test_a_file_takes_raw_images_and_carries_its_metadata(tmp_path, suffix):
     torch.testing.assert_close(program.run((RAW,), {})[0], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_rows_of_numbers_are_scaled_in_the_file(tmp_path, suffix):
+    model = lively(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    scaling = tn.Scaling(torch.arange(6.0), torch.linspace(0.5, 2, 6))
+    exported = tn.export(model, images(4, 6), tmp_path / f"m.{suffix}", scaling=scaling)
+    assert exported.folded.left == ()
+    got = tn.load_program(exported.path).run((images(3, 6),), {})[0]
+    torch.testing.assert_close(got, model(scaling(images(3, 6))).detach())
+    half = exported.folded.model.half()
+    assert half(images(3, 6)).dtype == torch.float16
+
+
 def test_an_onnx_file_has_no_batch_norm_left(tmp_path):
     import onnx
 

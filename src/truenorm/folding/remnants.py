@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +67,25 @@ class RawInput(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
-        first = next(model.parameters(), torch.empty(0))
-        self._like: Tensor  # follows the model to other types
-        self.register_buffer("_like", first.new_empty(0).detach(), persistent=False)
+        self._dtype = _first_dtype(model)  # parameters() takes longer than a small model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._dtype = _first_dtype(self.model)
+        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Scale ``x``, in the type of the model's first parameter, and call the model on it."""
-        x = x.to(self._like.dtype)
+        x = x.to(self._dtype)
         if self.shift is not None:
             x = x - self.shift
         if self.scale is not None:
             x = x * self.scale
         return self.model(x, *args, **kwargs)
+
+
+def _first_dtype(model: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
 
 class Shifted(nn.Module):
