@@ -27,6 +27,7 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/small_batch.py
 	$(BIN)/python bench/doctor.py
+	$(BIN)/python bench/folding.py
 
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py

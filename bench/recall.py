@@ -198,12 +198,13 @@ def misses(sick: list[Examined], well: list[Examined]) -> str:
         if not one.found(by[one.plan.code]):
             why = faults.missed(one.plan) or "Not known before this run."
             lines.append(f"- {one.plan} ({_half(one)} half). {why}")
-    lines += ["", "False alarms:", ""]
+    alarms = []
     for one in well:
         mode = "train" if one.facts.model.training else "eval"
         for check in CHECKS:
             if check.needs != "ledger" and one.alarms(check):
-                lines.append(f"- {check.code} of {one.host} in {mode} mode ({_half(one)} half)")
+                alarms.append(f"- {check.code} of {one.host} in {mode} mode ({_half(one)} half)")
+    lines += ["", "False alarms:" if alarms else "False alarms: none.", "", *alarms]
     return "\n".join(lines)
 
 

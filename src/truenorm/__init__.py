@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from truenorm.estimator import NormClassifier as NormClassifier
     from truenorm.evaluate import logits_of as logits_of
     from truenorm.evaluate import score as score
+    from truenorm.exporting import Exported as Exported
+    from truenorm.exporting import export as export
+    from truenorm.exporting import load_program as load_program
+    from truenorm.folding.fold import Folded as Folded
+    from truenorm.folding.fold import fold as fold
     from truenorm.layers import BatchNorm as BatchNorm
     from truenorm.layers import BatchNorm1d as BatchNorm1d
     from truenorm.layers import BatchNorm2d as BatchNorm2d
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from truenorm.recalibration import recalibrate as recalibrate
     from truenorm.run import Run as Run
     from truenorm.run import load_model as load_model
+    from truenorm.shipping import load_folded as load_folded
     from truenorm.sources import load as load
     from truenorm.study import Study as Study
     from truenorm.study import compare as compare
@@ -72,7 +78,9 @@ _HOMES = {
     "Dataset": "data",
     "Diagnosis": "doctor.diagnosis",
     "EarlyStopping": "train",
+    "Exported": "exporting",
     "Finding": "doctor.diagnosis",
+    "Folded": "folding.fold",
     "GroupNorm": "norms",
     "History": "train",
     "InputError": "errors",
@@ -103,9 +111,13 @@ _HOMES = {
     "convert": "conversion",
     "dataset": "data",
     "examine": "doctor.diagnosis",
+    "export": "exporting",
     "fit": "train",
+    "fold": "folding.fold",
     "load": "sources",
+    "load_folded": "shipping",
     "load_model": "run",
+    "load_program": "exporting",
     "logits_of": "evaluate",
     "recalibrate": "recalibration",
     "recipe": "config",

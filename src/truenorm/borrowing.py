@@ -93,10 +93,11 @@ class _Module:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._class = module, type(module)
+        self._watched = self._watching()
         self._attributes = dict(vars(module))
         self._stores = [
-            (store, list(store.items() if isinstance(store, dict) else store))
-            for store in self._attributes.values()
+            (name, store, list(store.items() if isinstance(store, dict) else store))
+            for name, store in self._attributes.items()
             if type(store) in _STORES
         ]
 
@@ -109,8 +110,18 @@ class _Module:
         for name, value in self._attributes.items():
             if own.get(name, own) is not value:
                 own[name] = value
-        for store, held in self._stores:
-            _refill(store, held)
+        stays, gone = self._watching() - self._watched, self._watched - self._watching()
+        for name, store, held in self._stores:
+            wanted = held
+            if name.startswith("_forward") and (stays or gone):
+                wanted = [entry for entry in held if entry[0] not in gone]
+                wanted += [entry for entry in store.items() if entry[0] in stays]
+            _refill(store, wanted)
+
+    def _watching(self) -> set[int]:
+        """Numbers of a ledger's hooks: it minds its own, which come and go in a forward."""
+        hooks = (self._module._forward_hooks, self._module._forward_pre_hooks)
+        return {n for store in hooks for n, hook in store.items() if hasattr(hook, "watches")}
 
 
 def _refill(store: Any, held: list[Any]) -> None:

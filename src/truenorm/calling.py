@@ -150,14 +150,19 @@ def _named_target(batch: Mapping[Any, Any]) -> Any:
 
 def moved(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, however deep in tuples, lists and dicts, on ``device``."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``change`` made to every tensor in it, in tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: moved(part, device) for key, part in value.items()}
+        return {key: mapped(part, change) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
+        return type(value)(*(mapped(part, change) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(moved(part, device) for part in value)
+        return type(value)(mapped(part, change) for part in value)
     return value
 
 

@@ -265,7 +265,7 @@ def predict(
     Parameters
     ----------
     run
-        A run folder.
+        A run folder, or a file that fold or export wrote from one.
     data
         A data source like those of train, labels or not. One with a test set of its own
         gives that.
@@ -420,6 +420,88 @@ def recalibrate(
         opened.save(out)
     report.recalibrated(result, out, as_json=json)
     return DONE if result.kept else FOUND
+
+
+@app.command
+def fold(
+    target: str,
+    *,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    data: str | None = None,
+    label: str | None = None,
+    shape: str | None = None,
+    json: Json = False,
+) -> int:
+    """Fold batch norms into the weights beside them, for inference; prove each pair.
+
+    Parameters
+    ----------
+    target
+        A run folder, or package.module:factory.
+    out
+        The .safetensors file for the folded model, which predict and truenorm.load_folded take;
+        without it, say what can be folded.
+    data
+        A data source for a factory that returns no batches.
+    label
+        The label's column of a .csv or .parquet file.
+    shape
+        Of one example, like 3,224,224, in place of data.
+    """
+    from truenorm import shipping
+    from truenorm.doctor.target import foreign
+    from truenorm.report import console
+
+    _check_file(out)
+    shipping.check_name(out, "fold")
+    cargo = shipping.cargo(target, data, label, shape)
+    with foreign(f"{target} could not be folded"):
+        folded = cargo.fold()
+    if out is not None:
+        cargo.save(folded, out)
+    console.folded(folded, out, as_json=json)
+    return DONE
+
+
+@app.command
+def export(
+    target: str,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    no_fold: Annotated[bool, Parameter(negative="")] = False,
+    data: str | None = None,
+    label: str | None = None,
+    shape: str | None = None,
+    json: Json = False,
+) -> int:
+    """Write one file that other programs run: .onnx or .pt2; run it and compare.
+
+    Parameters
+    ----------
+    target
+        A run folder, or package.module:factory.
+    out
+        The file, ending in .onnx or .pt2. A run's takes raw inputs: scaling is inside.
+    no_fold
+        Keep the batch norms.
+    data
+        A data source for a factory that returns no batches.
+    label
+        The label's column of a .csv or .parquet file.
+    shape
+        Of one example, like 3,224,224, in place of data.
+    """
+    from truenorm import shipping
+    from truenorm.doctor.target import foreign
+    from truenorm.report import console
+
+    _check_file(out)
+    shipping.check_name(out, "export")
+    cargo = shipping.cargo(target, data, label, shape)
+    with foreign(f"{target} could not be exported"):
+        exported = cargo.export(out, fold_norms=not no_fold)
+    console.exported(exported, as_json=json)
+    return DONE
 
 
 def _check_file(out: Path | None) -> None:

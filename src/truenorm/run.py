@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from truenorm.config import TrainConfig
 from truenorm.data import Dataset, Scaling, Splits
 from truenorm.errors import InputError
+from truenorm.folding.structure import refold
 from truenorm.models import ModelSpec, build
 
 _CHECKPOINT = Path("checkpoint") / "last.pt"
@@ -206,12 +207,7 @@ class Run:
 
     def save_model(self, model: nn.Module, about: dict[str, Any]) -> None:
         """Write model.safetensors: the state dict, and as metadata how to use it again."""
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        header = {"truenorm": json.dumps(about)}  # one key: safetensors shuffles several
-        write_atomically(
-            self.folder / "model.safetensors",
-            lambda path: path.write_bytes(safetensors.torch.save(tensors, header)),
-        )
+        write_model(self.folder / "model.safetensors", model, about)
 
     def save_report(self, html: str) -> None:
         """Write report.html."""
@@ -247,6 +243,17 @@ class Trained:
         return Dataset(x, torch.zeros(len(x), dtype=torch.int64), self.classes, name=name)
 
 
+def write_model(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write a state dict, and as metadata plain values that say how to use it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    header = {"truenorm": json.dumps(about)}  # one key: safetensors shuffles several
+    write_atomically(path, lambda path: path.write_bytes(safetensors.torch.save(tensors, header)))
+
+
 def describe(request: Request, splits: Splits) -> dict[str, Any]:
     """What :func:`load_model` needs beside the weights, as plain JSON values."""
     features = splits.train.features
@@ -262,37 +269,59 @@ def describe(request: Request, splits: Splits) -> dict[str, Any]:
     }
 
 
-def load_model(folder: Path | str) -> Trained:
-    """Rebuild the best model of a run, in eval mode.
+def read_model(place: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`describe` said of a run's model, and its tensors.
+
+    Args:
+        place: a run folder, or a file that was written from one.
 
     Raises:
-        InputError: the folder holds no finished model, it is damaged, or it was built from a
-            module of the user's own, which only the user can build again.
+        InputError: there is no finished model, or it is damaged.
     """
-    path = Path(folder) / "model.safetensors"
-    if not path.exists():
-        Run.open(Path(folder))
-        raise InputError(
-            f"{folder}: has no model.safetensors yet; finish it with --resume {folder}."
-        )
+    path = Path(place)
+    if path.suffix != ".safetensors" or path.is_dir():
+        path = path / "model.safetensors"
+        if not path.exists():
+            Run.open(Path(place))
+            raise InputError(
+                f"{place}: has no model.safetensors yet; finish it with --resume {place}."
+            )
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["truenorm"])
             tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: is damaged or not TrueNorm's ({error}).") from error
-    if about["spec"] is None:
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: is damaged, missing or not TrueNorm's ({error}).") from error
+    return about, tensors
+
+
+def load_model(place: Path | str) -> Trained:
+    """Rebuild the best model of a run, in eval mode; folded, if the file is of a folded one.
+
+    Args:
+        place: a run folder, or a file that was written from one.
+
+    Raises:
+        InputError: there is no finished model, it is damaged, or it was built from a module of
+            the user's own, which only the user can build again.
+    """
+    about, tensors = read_model(place)
+    if about.get("spec") is None:
         raise InputError(
-            f"{path}: was trained from a module of your own; build it and load these weights "
-            "with safetensors.torch.load_model."
+            f"{place}: was trained from a module of your own; build it and load these weights "
+            "with safetensors.torch.load_model, or truenorm.load_folded if they are folded."
         )
     spec, shape = ModelSpec.from_json(about["spec"]), tuple(about["input_shape"])
     model = build(spec, shape, len(about["classes"]), seed=0)
+    scaling = Scaling.from_json(about["scaling"])
+    if "folded" in about:
+        model = refold(model, about["folded"])
+        scaling = Scaling(None, torch.ones(1))  # the model has its own
     model.load_state_dict(tensors)
     features = None if about["features"] is None else tuple(about["features"])
     return Trained(
         model.eval(),
-        Scaling.from_json(about["scaling"]),
+        scaling,
         shape,
         about["input_type"],
         tuple(about["classes"]),

@@ -869,30 +869,3 @@ def lost_behaviour(facts: Facts) -> Iterator[Found]:
         cause = "most norms go straight into the next layer: their activations have been lost"
         evidence = {"without activation": len(straight), "of": len(joint)}
         yield Found(straight[0], "error", cause, evidence)
-
-
-def not_foldable(facts: Facts) -> Iterator[Found]:
-    """A norm that inference will have to compute, and why."""
-    flow = _flow(facts)
-    for norm in _tracking(facts):
-        calls = flow.calls_of(norm.name)
-        if not calls:
-            continue
-        why = _why_not_foldable(flow, calls)
-        if why:
-            yield Found(norm.name, "note", why, {"calls": len(calls)})
-
-
-def _why_not_foldable(flow: Flow, calls: list[Call]) -> str:
-    if len(calls) > 1:
-        return f"it is called {len(calls)} times in a forward"
-    if calls[0].input is None:
-        return "its input is not a tensor of the model's"
-    node = flow.nodes[calls[0].input]
-    if node.op not in _WEIGHTED:
-        return f"its input comes from {node.op}, not from a convolution or linear layer"
-    if len(node.outputs) > 1:
-        return f"the output of {node.module} goes elsewhere, too"
-    if len(flow.calls_of(node.module)) > 1:
-        return f"{node.module} is called {len(flow.calls_of(node.module))} times in a forward"
-    return ""

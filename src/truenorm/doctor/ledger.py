@@ -65,7 +65,12 @@ def _inert() -> Callable[..., None]:
 
 
 class _Hook:
-    """A hook that a copied or saved model carries as one that does nothing."""
+    """A hook that a copied or saved model carries as one that does nothing.
+
+    ``watches`` tells :func:`truenorm.borrowing.borrowed` to leave it to its ledger.
+    """
+
+    watches = True
 
     def __init__(self, ledger: Ledger, to: Any) -> None:
         self.ledger, self.to = ledger, to

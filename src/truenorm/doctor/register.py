@@ -10,6 +10,7 @@ from torch import nn
 from truenorm.doctor import checks, gap, mates
 from truenorm.doctor.checks import Check, Found, NotApplicable
 from truenorm.doctor.facts import Facts, values_per_channel
+from truenorm.doctor.foldable import not_foldable
 from truenorm.layers import BatchNorm
 
 # A rank's batch below this has noisier statistics than the joined one by more than a tenth.
@@ -255,8 +256,8 @@ CHECKS: tuple[Check, ...] = (
         "TN503",
         "Cannot be folded",
         "data",
-        checks.not_foldable,
-        "It will be computed at inference; see the reason.",
+        not_foldable,
+        "truenorm.fold folds what it can, and tells the reason of the rest.",
         evaluates=True,
     ),
 )

@@ -1,0 +1,1 @@
+"""Batch norm folded into what is beside it, for inference, each pair proved."""
