@@ -21,7 +21,7 @@ def _ray() -> ModuleType:
         raise InputError(
             "engine 'ray' needs the package ray: pip install 'truenorm[cluster]'."
         ) from error
-    return ray  # type: ignore[no-any-return]
+    return ray
 
 
 @dataclass(eq=False)
