@@ -141,7 +141,10 @@ def test_workers_see_the_data_to_the_bit(tmp_path):
 
 def test_more_seeds_or_variants_run_only_what_is_missing(tmp_path):
     seen = []
-    options = {"store": tmp_path / "s.sqlite", "observe": lambda told: seen.append(told.row)}
+    options = {
+        "store": tmp_path / "s.sqlite",
+        "observe": lambda told: told.note or seen.append(told.row),
+    }
     first = small(**options)
     ran = [row for row in seen if row is not None]
     assert len(ran) == len(first.rows) == 8
@@ -183,7 +186,7 @@ def test_a_failed_run_is_a_row_with_its_error_and_is_run_again_only_when_asked(
     errors = {row.seed: row.error for row in study.rows}
     assert errors == {0: None, 1: "RuntimeError: no luck at all"}
     assert [s.failed for s in study.summaries()] == [1, 1, 1, 1]
-    assert all(pair.n == 1 and pair.decision == "cannot tell" for pair in study.verdicts)
+    assert all(pair.comparison.n == 1 and pair.decision == "cannot tell" for pair in study.verdicts)
 
     assert {r.error for r in small(store=store).rows} == set(errors.values())
     again = small(store=store, retry=True)
@@ -255,7 +258,10 @@ def test_a_rate_chosen_at_the_grids_end_is_said():
 
 def test_progress_runs_over_tuning_and_judged_runs_together():
     told = []
-    small(lr="tune", grid=(0.01, 0.03), tuning_seeds=1, observe=told.append)
+    small(
+        lr="tune", grid=(0.01, 0.03), tuning_seeds=1,
+        observe=lambda t: t.note or told.append(t),
+    )  # fmt: skip
     assert [t.runs for t in told if t.row is not None] == list(range(1, 17))
     assert {t.total_runs for t in told} == {16}
     assert len({t.total_steps for t in told}) == 1
@@ -484,7 +490,7 @@ def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
 
 def study_of(scores, **options):
     """A study with the given test accuracies by variant."""
-    from truenorm.study import conclude
+    from truenorm.study import _Question
 
     variants = [
         Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))
@@ -495,44 +501,162 @@ def study_of(scores, **options):
         for label, values in scores.items()
         for i, value in enumerate(values)
     ]
-    settings = {"metric": "test_accuracy", "margin": None, "goal": 0.9, **options}
-    return conclude(
-        variants, rows, tuning=[], lrs=dict.fromkeys(scores, 0.1), provenance={}, **settings
-    )
+    settings = {"metric": "test_accuracy", "margin": None, "against": "first", **options}
+    question = _Question(tuple(variants), **settings)
+    return question.answer(
+        rows, question.judge(rows), tuning=[], lrs=dict.fromkeys(scores, 0.1), goal=0.9,
+        provenance={},
+    )  # fmt: skip
 
 
-def test_verdicts_are_beside_the_first_norm_and_pairs_are_all():
+FIRST = [("batch", "none"), ("layer", "none")]
+
+
+@pytest.mark.parametrize(
+    ("against", "judged"), [("first", FIRST), ("all", [*FIRST, ("layer", "batch")])]
+)
+def test_verdicts_are_beside_the_first_norm_or_all_and_pairs_are_all(against, judged):
     same = [0.9, 0.91, 0.92, 0.93]
-    study = study_of({"none": same, "batch": same, "layer": same})
-    assert [(p.variant, p.reference) for p in study.verdicts] == [
-        ("batch", "none"), ("layer", "none"),
-    ]  # fmt: skip
-    assert [(p.variant, p.reference) for p in study.pairs] == [
-        ("batch", "none"), ("layer", "none"), ("layer", "batch"),
-    ]  # fmt: skip
+    study = study_of({"none": same, "batch": same, "layer": same}, against=against)
+    assert [(p.variant, p.reference) for p in study.verdicts] == judged
+    assert [(p.variant, p.reference) for p in study.pairs] == [*FIRST, ("layer", "batch")]
+    assert {p.comparison.family for p in study.verdicts} == {len(judged)}
+
+
+SMALL = [0.001, -0.001, 0.0005, 0.0, -0.0005, 0.001, -0.001, 0.0]
 
 
 @pytest.mark.parametrize(
     ("differences", "margin", "decision"),
     [
-        ([0.02, 0.021, 0.019, 0.022], None, "better"),
-        ([-0.02, -0.021, -0.019, -0.022], None, "worse"),
-        ([0.001, -0.001, 0.0005, 0.0], 0.005, "equivalent"),
-        ([0.02, -0.03, 0.01, 0.0], 0.005, "cannot tell"),
-        ([0.001, -0.001, 0.0005, 0.0], None, "cannot tell"),
+        ([0.02, 0.021, 0.019, 0.022, 0.02, 0.018], None, "better"),
+        ([-0.02, -0.021, -0.019, -0.022, -0.02, -0.018], None, "worse"),
+        (SMALL, 0.005, "equivalent"),
+        ([0.02, -0.03, 0.01, 0.0, 0.01, -0.02], 0.005, "cannot tell"),
+        (SMALL, None, "cannot tell"),
+        ([0.02, 0.021, 0.019, 0.022, 0.02], None, "cannot tell"),  # 2 / 2^5 is over 5 %
     ],
 )
 def test_a_verdict_follows_the_paired_differences(differences, margin, decision):
-    base = np.array([0.5, 0.7, 0.6, 0.9])  # spread that pairing takes out
+    base = np.array([0.5, 0.7, 0.6, 0.9, 0.5, 0.8, 0.6, 0.9])[: len(differences)]
     study = study_of({"none": base, "batch": base + differences}, margin=margin)
     assert study.verdicts[0].decision == decision
     assert decision in study.sentences()[0]
+    assert study.sentences()[0].startswith("batch size 16: ")
 
 
 def test_a_study_without_a_common_seed_cannot_tell():
     study = study_of({"none": [0.9, None], "batch": [None, 0.9]})
     assert study.verdicts[0].decision == "cannot tell"
-    assert "only 0 seeds" in study.sentences()[0]
+    assert "no seed has both scores" in study.sentences()[0]
+
+
+def test_seeds_that_can_tell_nothing_are_told_of_before_anything_runs():
+    told = []
+    study = small(observe=told.append)
+    assert told[0].note == (
+        "2 seeds cannot tell anything among 2 verdicts at 5 %: at least 7 are needed."
+    )
+    assert [t.note for t in told[1:]] == [""] * (len(told) - 1)
+    assert "at least 7 seeds are needed" in study.sentences()[0]
+
+
+@pytest.mark.parametrize(("norms", "seeds"), [(2, 8), (6, 12)])
+def test_by_default_there_are_seeds_enough_to_tell(norms, seeds, monkeypatch):
+    def planted(self, trial):
+        return Row(variant=trial.variant, part="judged", seed=trial.config.seed, lr=0.1,
+                   test_accuracy=0.5 + 0.1 * (trial.spec.norm == "batch"))  # fmt: skip
+
+    monkeypatch.setattr(Bench, "perform", planted)
+    chosen = ("none", "batch", "group", "layer", "rms", "instance")[:norms]
+    study = small(norms=chosen, seeds=None, against="all")
+    assert study.provenance["seeds"] == list(range(seeds))
+    decisions = {p.variant.split("/")[0]: p.decision for p in study.verdicts[: norms - 1]}
+    assert decisions.pop("batch") == "better"
+    assert set(decisions.values()) <= {"cannot tell"}
+
+
+# Until decided ---------------------------------------------------------------------------------
+
+
+def planting(monkeypatch, means, sd=0.005, runs=None):
+    """Trials give the means of their norm, with noise by norm and seed, and train nothing."""
+
+    def planted(self, trial):
+        if runs is not None:
+            runs.append((trial.spec.norm, trial.config.seed))
+        norm, seed = trial.spec.norm, trial.config.seed
+        noise = np.random.default_rng([len(norm), ord(norm[0]), seed]).normal(0, sd)
+        return Row(variant=trial.variant, part="judged", seed=seed, lr=0.1,
+                   test_accuracy=means[norm] + noise)  # fmt: skip
+
+    monkeypatch.setattr(Bench, "perform", planted)
+
+
+def sequential(**options):
+    chosen = {"norms": ("none", "batch", "layer"), "batch_sizes": (16,), "seeds": None,
+              "until": "decided", "max_seeds": 32, **options}  # fmt: skip
+    return small(**chosen)
+
+
+def test_variants_stop_when_they_are_decided_and_the_others_go_on(monkeypatch):
+    planting(monkeypatch, {"none": 0.8, "batch": 0.9, "layer": 0.802})
+    study = sequential()
+    batch, layer = study.verdicts
+    assert batch.decision == "better"
+    assert batch.comparison.n < layer.comparison.n <= 32
+    counts = {v.label: len(study.of(v.label)) for v in study.variants}
+    assert counts == {
+        "none/16": layer.comparison.n, "batch/16": batch.comparison.n,
+        "layer/16": layer.comparison.n,
+    }  # fmt: skip
+    assert f"told at {batch.comparison.n} of at most 32 seeds" in batch.sentence
+
+
+def test_hopeless_variants_are_given_up_and_say_so(monkeypatch):
+    planting(monkeypatch, {"none": 0.8, "batch": 0.8, "layer": 0.8})
+    study = sequential()
+    assert {p.decision for p in study.verdicts} == {"cannot tell"}
+    hopeless = [p for p in study.verdicts if p.watched.hopeless]
+    assert hopeless
+    assert all("given up" in p.sentence and p.comparison.n < 32 for p in hopeless)
+
+
+def test_a_study_until_decided_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monkeypatch):
+    runs = []
+    means = {"none": 0.8, "batch": 0.81, "layer": 0.804}
+    planting(monkeypatch, means, runs=runs)
+    straight = sequential()
+    whole = list(runs)
+
+    def stop(told):
+        if told.runs == len(whole) // 2:
+            raise KeyboardInterrupt
+
+    runs.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sequential(store=tmp_path / "s.sqlite", observe=stop)
+    resumed = sequential(store=tmp_path / "s.sqlite")
+    assert resumed.rows == straight.rows
+    assert resumed.verdicts == straight.verdicts
+    assert sorted(runs) == sorted(whole)
+
+
+def test_progress_of_a_study_until_decided_never_goes_back(monkeypatch):
+    told = []
+    planting(monkeypatch, {"none": 0.8, "batch": 0.9, "layer": 0.804})
+    study = sequential(observe=told.append)
+    assert [t.runs for t in told] == sorted(t.runs for t in told)
+    assert told[-1].runs == len(study.rows)
+    assert all(t.runs <= t.total_runs <= 96 and t.steps <= t.total_steps for t in told)
+
+
+def test_a_watched_verdict_claims_no_interval_and_no_p(monkeypatch):
+    planting(monkeypatch, {"none": 0.8, "batch": 0.9, "layer": 0.804})
+    told = sequential().to_json()["verdicts"][0]
+    assert told["n"] >= 2
+    assert not {"low", "high", "p", "p_holm", "seeds_needed"} & told.keys()
+    assert told["hopeless"] is False
 
 
 # The command -----------------------------------------------------------------------------------
@@ -593,6 +717,11 @@ def test_the_table_has_a_line_for_each_variant_and_verdicts_follow(cli):
         ({"store": "."}, "cannot serve as a study's store"),
         ({"engine": "spark"}, "unknown engine 'spark'"),
         ({"seed": "3"}, "--seed"),
+        ({"until": "decided", "norm": "batch"}, "until needs two norms at least, got batch"),
+        ({"until": "decided", "max_seeds": 1}, "max_seeds must lie in [2, 1000], got 1"),
+        ({"until": "decided", "seeds": 65}, "from 2 to max_seeds (64)"),
+        ({"until": "done"}, "--until"),
+        ({"against": "second"}, "--against"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(cli, options, text):

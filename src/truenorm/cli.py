@@ -142,7 +142,10 @@ def compare(
     norm_position: str = "before",
     widths: str | None = None,
     dropout: str = "0",
-    seeds: int = 8,
+    seeds: int | None = None,
+    until: Literal["decided"] | None = None,
+    max_seeds: int = 64,
+    against: Literal["first", "all"] = "first",
     lr: str = "recipe",
     grid: str = "0.001,0.003,0.01,0.03,0.1",
     tuning_seeds: int = 2,
@@ -183,7 +186,15 @@ def compare(
     dropout
         Probabilities, like 0,0.2.
     seeds
-        Runs of each variant.
+        Runs of each variant; by default 8, or as many as it takes to tell anything. With --until,
+        those before the first look.
+    until
+        decided: look at the verdicts as runs come in, and stop each variant when all that is asked
+        of it is told, or hopeless. The rate of errors holds over all looks.
+    max_seeds
+        The most runs of a variant with --until.
+    against
+        first: judge each norm beside the first one; all: judge every pair.
     lr
         recipe; tune, on validation data, with as many trials for each variant; or a number.
     grid
@@ -229,6 +240,9 @@ def compare(
             norms=_listed(norm),
             batch_sizes=None if batch_size is None else _integers("batch_size", batch_size),
             seeds=seeds,
+            until=until,
+            max_seeds=max_seeds,
+            against=against,
             model=_listed(model),
             lr=_rate(lr),
             metric=metric,

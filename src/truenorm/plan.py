@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truenorm.config import TrainConfig
 from truenorm.config import recipe as recipe_for
-from truenorm.errors import InputError
+from truenorm.errors import InputError, choose
 from truenorm.models import ModelSpec
 from truenorm.trial import Part, Trial
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
+MOST_SEEDS = 1000  # of a study until decided
 TUNING_SEEDS_FROM = 1_000_000  # so far from the judged seeds that the two never meet
 _SPEC_FIELDS = {f.name for f in dataclasses.fields(ModelSpec)} - {"name", "norm"}
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {
@@ -60,6 +62,28 @@ def seeds_of(seeds: int | Sequence[int]) -> tuple[int, ...]:
             f"got {seeds!r}."
         )
     return chosen
+
+
+def looks_of(until: str, first: int | Sequence[int] | None, max_seeds: int) -> tuple[int, ...]:
+    """Numbers of seeds at which a study that ends when it is decided is looked at.
+
+    Every sixteenth of the most seeds, so at most 16 times; from ``first`` on.
+
+    Raises:
+        InputError: values that cannot be.
+    """
+    choose("until", until, ("decided",))
+    if not 2 <= max_seeds <= MOST_SEEDS:
+        raise InputError(f"max_seeds must lie in [2, {MOST_SEEDS}], got {max_seeds!r}.")
+    step = math.ceil(max_seeds / 16)
+    if first is None:
+        first = max(2, step)
+    if not isinstance(first, int) or not 2 <= first <= max_seeds:
+        raise InputError(
+            f"seeds must be a number from 2 to max_seeds ({max_seeds}) in a study until decided, "
+            f"got {first!r}."
+        )
+    return (*range(first, max_seeds, step), max_seeds)
 
 
 def variants_of(

@@ -1,4 +1,4 @@
-"""compare(): variants x seeds -> rows -> paired differences; "cannot tell" is an answer."""
+"""compare(): variants x seeds -> rows -> paired verdicts; "cannot tell" is an answer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ from truenorm.cluster import RayPool
 from truenorm.data import Splits
 from truenorm.errors import InputError, choose
 from truenorm.models import build
-from truenorm.plan import GRID, TUNING_SEEDS_FROM, Variant, rates_of, seeds_of, variants_of
+from truenorm.paired import Decision, interval, least_seeds
+from truenorm.plan import (
+    GRID,
+    TUNING_SEEDS_FROM,
+    Variant,
+    looks_of,
+    rates_of,
+    seeds_of,
+    variants_of,
+)
 from truenorm.run import environment
 from truenorm.store import Store
 from truenorm.train import device_of
 from truenorm.trial import Row, Trial
-from truenorm.verdicts import Decision, Pair, judge, sentence
+from truenorm.verdicts import AGAINST, ALPHA, Against, Pair, family_of, judge, watch
 from truenorm.workers import Pool, default_processes
 
 METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
 ENGINES = ("local", "ray")
+SEEDS = 8  # by default, where so many can tell something
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Summary:
     """A variant over its judged seeds.
 
     ``mean`` to ``iqm`` are of the study's metric, ``low`` and ``high`` its mean's 95 % interval
-    by Student's t; ``seconds`` a mean, the ways to the goal medians over the runs that reach it.
+    (:func:`truenorm.paired.interval`); ``seconds`` a mean, the ways to the goal medians over the
+    runs that reach it.
     """
 
     variant: str
@@ -65,8 +76,9 @@ class Study:
         metric: what is compared.
         margin: the difference below which two variants are equivalent, or None.
         goal: the validation accuracy to which epochs and seconds are counted.
-        pairs: all pairs within each setting, each by itself.
-        verdicts: each variant beside its setting's reference, corrected as one family.
+        pairs: all pairs within each setting, corrected as one family.
+        verdicts: those that were asked for, corrected as one family: each variant beside its
+            setting's reference, or all pairs.
         provenance: command, versions, machine, data.
     """
 
@@ -94,10 +106,12 @@ class Study:
 
     def differences(self, pair: Pair) -> list[float]:
         """The metric's difference for each seed that both variants of ``pair`` have it for."""
-        values = _values(self.of(pair.variant), self.metric) - _values(
-            self.of(pair.reference), self.metric
+        a, b = (
+            {row.seed: getattr(row, self.metric) for row in self.of(label)}
+            for label in (pair.variant, pair.reference)
         )
-        return [float(v) for v in values if not math.isnan(v)]
+        both = [(a[seed], b[seed]) for seed in a if seed in b]
+        return [x - y for x, y in both if x is not None and y is not None]
 
     def tried(self, label: str) -> list[tuple[float, float]]:
         """The learning rates tried for a variant, each with its :func:`tuning_loss`."""
@@ -127,7 +141,7 @@ class Study:
         rows = [row for row in self.of(label) if row.error is None]
         values = _values(rows, self.metric)
         values = values[~np.isnan(values)]
-        low, high = _interval(values) or (None, None)
+        low, high = interval(values) if len(values) > 1 else (None, None)
         reached = [at for row in rows if self.goal and (at := row.reaches(self.goal))]
         return Summary(
             variant=label,
@@ -155,9 +169,7 @@ class Study:
 
     def sentences(self) -> list[str]:
         """The verdicts in words, and what one should know of the tuning."""
-        return [sentence(pair, self.metric, self.margin) for pair in self.verdicts] + _at_the_edge(
-            self.tuning, self.lrs
-        )
+        return [p.sentence for p in self.verdicts] + _at_the_edge(self.tuning, self.lrs)
 
     def to_json(self) -> dict[str, Any]:
         """What programs read."""
@@ -168,8 +180,8 @@ class Study:
             "summaries": [dataclasses.asdict(s) for s in self.summaries()],
             "rows": [{**row.to_json(), "diverged": row.diverged} for row in self.rows],
             "tuning": [{**row.to_json(), "diverged": row.diverged} for row in self.tuning],
-            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
-            "verdicts": [dataclasses.asdict(pair) for pair in self.verdicts],
+            "pairs": [pair.to_json() for pair in self.pairs],
+            "verdicts": [pair.to_json() for pair in self.verdicts],
             "sentences": self.sentences(),
             "provenance": self.provenance,
         }
@@ -181,7 +193,8 @@ class Study:
 class Progress(NamedTuple):
     """What an observer is told: runs and optimizer steps, done and in all, and the newest row.
 
-    ``row`` is None for the rows that the store held already, told of together.
+    ``row`` is None for the rows that the store held already, told of together, and where there
+    is a ``note``: something to know before the end.
     """
 
     runs: int
@@ -189,6 +202,7 @@ class Progress(NamedTuple):
     steps: int
     total_steps: int
     row: Row | None
+    note: str = ""
 
 
 Observer = Callable[[Progress], None]
@@ -199,7 +213,10 @@ def compare(
     *,
     norms: Sequence[str] = ("none", "batch", "group", "layer"),
     batch_sizes: Sequence[int] | None = None,
-    seeds: int | Sequence[int] = 8,
+    seeds: int | Sequence[int] | None = None,
+    until: str | None = None,
+    max_seeds: int = 64,
+    against: str = "first",
     model: str | Sequence[str] = "mlp",
     lr: float | str = "recipe",
     metric: str = "test_accuracy",
@@ -227,7 +244,14 @@ def compare(
             same for all seeds.
         norms: the first is the reference of each batch size.
         batch_sizes: by default the recipe's own.
-        seeds: how many (from 0), or which.
+        seeds: how many (from 0), or which; by default 8, or one more than the fewest that can
+            tell anything with so many verdicts. With ``until``, how many before the first look.
+        until: "decided": look at the verdicts every few seeds, and give no more seeds to
+            variants of which all verdicts are told or hopeless. The rate of errors holds over
+            all looks (:func:`truenorm.paired.monitor`).
+        max_seeds: where that ends at the latest.
+        against: what is judged: each variant beside the "first" norm of its setting, or "all"
+            pairs. The p-values are corrected over all verdicts.
         model: one architecture, or several.
         lr: "recipe"; a number for all variants; or "tune": for each variant the rate of
             ``grid`` with the least mean validation loss over ``tuning_seeds`` seeds of their
@@ -253,8 +277,10 @@ def compare(
     choose("metric", metric, METRICS)
     if margin is not None and not margin > 0:
         raise InputError(f"margin must be above 0, got {margin!r}.")
-    judged, rates = seeds_of(seeds), rates_of(lr, grid, tuning_seeds)
-    uncut, splits = _data(data, target, judged[0])
+    choose("against", against, AGAINST)
+    rates, judged = rates_of(lr, grid, tuning_seeds), None if seeds is None else seeds_of(seeds)
+    looks = None if until is None else looks_of(until, seeds, max_seeds)
+    uncut, splits = _data(data, target, judged[0] if judged else 0)
     if metric.startswith("test") and splits.test is None:
         raise InputError(f"{splits.train.name}: has no test part; use the metric valid_accuracy.")
     models = (model,) if isinstance(model, str) else tuple(model)
@@ -263,67 +289,138 @@ def compare(
     for variant in variants:  # refuse before anything is run
         build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
         device_of(variant.config.device)
+    question = _Question(tuple(variants), metric, margin, against)  # type: ignore[arg-type]
+    if looks is not None:
+        if not question.family():
+            raise InputError(f"until needs two norms at least, got {', '.join(norms)}.")
+        judged = tuple(range(looks[-1]))
+    elif judged is None:
+        judged = tuple(range(max(SEEDS, question.least_seeds() + 1)))
     fingerprint, pool = uncut.fingerprint(), _pool(engine, uncut, processes)
     with Store(None if store is None else Path(store)) as held, pool:
         runner = _Runner(held, pool, fingerprint, len(splits.train), retry, observe)
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
+        if len(judged) < question.least_seeds():
+            runner.note(question.too_few(len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
         tuning, lrs = _tuned(variants, rates, tuning_seeds, runner, ahead)
         if isinstance(lr, float | int):
             lrs = {v.label: float(lr) for v in variants}
-        rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
-    about = {
+        if looks is None:
+            rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
+            verdicts = question.judge(rows)
+        else:
+            rows, verdicts = _until_decided(question, looks, lrs, runner)
+    about: dict[str, Any] = {
         "data": data if isinstance(data, str) else splits.train.name,
         "fingerprint": fingerprint,
         "store": None if store is None else str(store),
         "engine": engine,
         "processes": pool.count,
-        "seeds": list(judged),
+        "seeds": sorted({row.seed for row in rows}),
         "recipe": recipe,
     }
-    return conclude(
-        variants,
-        rows,
-        tuning=tuning,
-        lrs=lrs,
-        metric=metric,
-        margin=margin,
-        goal=goal,
-        provenance={**environment(), **about},
+    if looks is not None:
+        about |= {"until": until, "max_seeds": max_seeds, "looks": looks}
+    return question.answer(
+        rows, verdicts, tuning=tuning, lrs=lrs, goal=goal, provenance={**environment(), **about}
     )
 
 
-def conclude(
-    variants: Sequence[Variant],
-    rows: Sequence[Row],
-    *,
-    tuning: Sequence[Row],
-    lrs: dict[str, float],
-    metric: str,
-    margin: float | None,
-    goal: float | None,
-    provenance: dict[str, Any],
-) -> Study:
-    """What follows from finished rows."""
-    scores = {
-        v.label: _values([row for row in rows if row.variant == v.label], metric) for v in variants
-    }
-    settings = {v.setting: [w.label for w in variants if w.setting == v.setting] for v in variants}
-    pairs, verdicts = judge(
-        scores, settings, margin=margin, higher_is_better=metric.endswith("accuracy")
-    )
-    return Study(
-        tuple(variants),
-        tuple(rows),
-        tuple(tuning),
-        lrs,
-        metric,
-        margin,
-        _goal(variants, rows) if goal is None else goal,
-        tuple(pairs),
-        tuple(verdicts),
-        provenance,
-    )
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of the rows."""
+
+    variants: tuple[Variant, ...]
+    metric: str
+    margin: float | None
+    against: Against
+
+    def family(self, against: Against | None = None) -> dict[tuple[str, str], str]:
+        """The pairs to judge, with their settings."""
+        settings: dict[str, list[str]] = {}
+        for v in self.variants:
+            settings.setdefault(v.setting, []).append(v.label)
+        return family_of(settings, against or self.against)
+
+    def least_seeds(self) -> int:
+        """Fewer can tell nothing, whatever the rows."""
+        return least_seeds(max(1, len(self.family())), ALPHA)
+
+    def too_few(self, seeds: int) -> str:
+        """A note that says so."""
+        return (
+            f"{seeds} seeds cannot tell anything among {len(self.family())} verdicts at "
+            f"{100 * ALPHA:g} %: at least {self.least_seeds()} are needed."
+        )
+
+    def scores(self, rows: Sequence[Row]) -> dict[str, np.ndarray[Any, Any]]:
+        """Of each variant the metric by seed, over the seeds that any has; NaN if it lacks."""
+        places = {seed: i for i, seed in enumerate(sorted({row.seed for row in rows}))}
+        found = {v.label: np.full(len(places), math.nan) for v in self.variants}
+        for row in rows:
+            value = getattr(row, self.metric)
+            if value is not None:
+                found[row.variant][places[row.seed]] = value
+        return found
+
+    def judge(self, rows: Sequence[Row], against: Against | None = None) -> tuple[Pair, ...]:
+        """Verdicts of rows of which there are as many as was decided beforehand."""
+        family = self.family(against)
+        return judge(self.scores(rows), family, metric=self.metric, margin=self.margin)
+
+    def watch(
+        self, rows: Sequence[Row], looks: Sequence[int], max_seeds: int
+    ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
+        """Verdicts after the last of several looks, and the variants that need more seeds."""
+        told = {"metric": self.metric, "margin": self.margin}
+        return watch(self.scores(rows), self.family(), looks, max_seeds, **told)  # type: ignore[arg-type]
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        verdicts: Sequence[Pair],
+        *,
+        tuning: Sequence[Row],
+        lrs: dict[str, float],
+        goal: float | None,
+        provenance: dict[str, Any],
+    ) -> Study:
+        """What follows from finished rows."""
+        return Study(
+            self.variants,
+            tuple(rows),
+            tuple(tuning),
+            lrs,
+            self.metric,
+            self.margin,
+            _goal(self.variants, rows) if goal is None else goal,
+            self.judge(rows, "all"),
+            tuple(verdicts),
+            provenance,
+        )
+
+
+def _until_decided(
+    question: _Question, looks: Sequence[int], lrs: dict[str, float], runner: _Runner
+) -> tuple[list[Row], tuple[Pair, ...]]:
+    """Rows and verdicts of a study whose variants stop when all that is asked of them is told."""
+    rows: list[Row] = []
+    verdicts: tuple[Pair, ...] = ()
+    running: Sequence[str] = [v.label for v in question.variants]
+    begun = 0
+    for k, at in enumerate(looks):
+        own = [v for v in question.variants if v.label in running]
+        trials = [[v.trial(s, lrs[v.label]) for v in own] for s in range(begun, looks[-1])]
+        ahead = [trial for of_seed in trials[at - begun :] for trial in of_seed]
+        runner.expect_more(sum(map(len, trials)))
+        rows += runner.rows([t for of_seed in trials[: at - begun] for t in of_seed], ahead)
+        begun = at
+        verdicts, running = question.watch(rows, looks[: k + 1], looks[-1])
+        if not running:
+            break
+    order = {v.label: i for i, v in enumerate(question.variants)}
+    return sorted(rows, key=lambda row: (order[row.variant], row.seed)), verdicts
 
 
 def _pool(engine: str, uncut: sources.Uncut, processes: int | None) -> Pool | RayPool:
@@ -360,6 +457,15 @@ class _Runner:
     def expect(self, runs: int) -> None:
         """Say how many runs there will be."""
         self.total_runs, self.runs, self.steps = runs, 0, 0
+
+    def expect_more(self, runs: int) -> None:
+        """Say how many runs there will be at most beside those that are done."""
+        self.total_runs = self.runs + runs
+
+    def note(self, text: str) -> None:
+        """Tell the observer something to know before the end."""
+        if self.observe is not None:
+            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps, None, text))
 
     def rows(self, trials: Iterable[Trial], ahead: Sequence[Trial] = ()) -> list[Row]:
         """The rows of ``trials``, in their order; ``ahead`` are about as long as what follows."""
@@ -434,15 +540,6 @@ def _interquartile_mean(values: np.ndarray[Any, Any]) -> float:
     from scipy import stats
 
     return float(stats.trim_mean(values, 0.25))
-
-
-def _interval(values: np.ndarray[Any, Any]) -> tuple[float, float] | None:
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:

@@ -1,153 +1,182 @@
-"""Paired differences -> verdicts and the sentences that say them. Pure functions of scores."""
+"""A study's scores -> its pairs and verdicts, in words. The statistics are paired.py's."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
+from truenorm.paired import (
+    Comparison,
+    Decision,
+    Verdict,
+    Watched,
+    compare_scores,
+    monitor,
+    verdict,
+)
 
-Decision = Literal["better", "worse", "equivalent", "cannot tell"]
+Against = Literal["first", "all"]
+AGAINST: tuple[str, ...] = get_args(Against)
+Settings = Mapping[str, Sequence[str]]  # of each setting the variants, its reference first
+ALPHA = 0.05
+# What the statistics of a fixed number of seeds say, and what does not hold after looks.
+_FIXED = ("low", "high", "p", "p_holm", "p_equivalent", "p_equivalent_holm", "seeds_needed")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A paired comparison of two variants over the seeds that both have a figure for.
+    """Two variants of one setting: their statistics, what they decide, and a sentence of it.
 
-    Attributes:
-        variant, reference: labels; the difference is the first minus the second.
-        n: seeds.
-        difference, low, high: mean of the metric's differences and its 95 % interval.
-        p: two-sided; in a study's verdicts corrected by Holm over all of them.
-        decision: of the variant, beside its reference.
-        more_seeds: for "cannot tell", how many more would probably (80 %) do, if the observed
-            difference is the true one; None where none can be named.
+    ``watched`` is there in a study that stops when it is decided; its interval and p-values
+    are not, since those of a fixed number of seeds do not hold after several looks.
     """
 
-    variant: str
-    reference: str
     setting: str
-    n: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
+    comparison: Comparison
     decision: Decision
-    more_seeds: int | None = None
+    sentence: str
+    watched: Watched | None = None
+
+    @property
+    def variant(self) -> str:
+        """The label of the variant that is judged."""
+        return self.comparison.a
+
+    @property
+    def reference(self) -> str:
+        """The label of the one beside which it is judged."""
+        return self.comparison.b
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean difference, where there is one that holds."""
+        low, high = self.comparison.low, self.comparison.high
+        return None if self.watched or low is None or high is None else (low, high)
+
+    def to_json(self) -> dict[str, Any]:
+        """What programs read, in one object."""
+        told: dict[str, Any] = {
+            "setting": self.setting,
+            "variant": self.variant,
+            "reference": self.reference,
+        }
+        figures = dataclasses.asdict(self.comparison)
+        dropped = {"a", "b", *(_FIXED if self.watched else ())}
+        told |= {name: value for name, value in figures.items() if name not in dropped}
+        if self.watched:
+            told |= {
+                "hopeless": self.watched.hopeless,
+                "conditional_power": self.watched.conditional_power,
+            }
+        return {**told, "decision": self.decision, "sentence": self.sentence}
+
+
+def family_of(settings: Settings, against: Against) -> dict[tuple[str, str], str]:
+    """The pairs to judge, (variant, reference) -> setting; against ``all``, every pair."""
+    return {
+        (b, a): setting
+        for setting, labels in settings.items()
+        for a, b in itertools.combinations(labels, 2)
+        if against == "all" or a == labels[0]
+    }
 
 
 def judge(
-    scores: dict[str, np.ndarray[Any, Any]],
-    settings: Mapping[str, Sequence[str]],
+    scores: Mapping[str, Any],
+    family: Mapping[tuple[str, str], str],
     *,
+    metric: str,
     margin: float | None,
-    higher_is_better: bool,
-) -> tuple[list[Pair], list[Pair]]:
-    """All pairs within each setting, and the verdicts: each variant beside its setting's first.
+) -> tuple[Pair, ...]:
+    """Verdicts of a fixed number of seeds, corrected as one family.
 
     Args:
         scores: of each variant the metric by seed, (S,), NaN where a run has none.
-        settings: the variants of each, the reference first.
+        family: as :func:`family_of` gives it.
+        metric: one that ends in accuracy is the better the higher, and told in points.
         margin: differences within +- margin count as none; None if every difference counts.
-        higher_is_better: whether a positive difference is a gain.
-
-    Returns:
-        The pairs, each judged by itself, and the verdicts, with Holm's correction over all.
     """
-    pairs = [
-        _pair(scores, b, a, setting)
-        for setting, labels in settings.items()
-        for a, b in itertools.combinations(labels, 2)
-    ]
-    verdicts = _holm([p for p in pairs if p.reference == settings[p.setting][0]])
-    return (
-        [_decided(pair, margin, higher_is_better) for pair in pairs],
-        [_decided(pair, margin, higher_is_better) for pair in verdicts],
+    if not family:
+        return ()
+    higher = metric.endswith("accuracy")
+    found = compare_scores(
+        scores, list(family), higher_is_better=higher, margin=margin, alpha=ALPHA
+    )
+    return tuple(
+        _pair(family[c.a, c.b], c, verdict(_by_norm(c), unit=_unit(metric), factor=_factor(metric)))
+        for c in found
     )
 
 
-def _pair(
-    scores: dict[str, np.ndarray[Any, Any]], variant: str, reference: str, setting: str
-) -> Pair:
-    """The mean difference with Student's interval and p."""
-    from scipy import stats
+def watch(
+    scores: Mapping[str, Any],
+    family: Mapping[tuple[str, str], str],
+    looks: Sequence[int],
+    max_seeds: int,
+    *,
+    metric: str,
+    margin: float | None,
+) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
+    """Verdicts after the last of ``looks``, and the variants that need more seeds.
 
-    d = scores[variant] - scores[reference]
-    d = d[~np.isnan(d)]
-    n, mean = len(d), float(d.mean()) if len(d) else None
-    if n < 2 or mean is None:
-        return Pair(variant, reference, setting, n, mean, None, None, None, "cannot tell")
-    error = float(d.std(ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    if error:
-        p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    else:  # equal differences have no t; the sign-flip test still has a p
-        p = 2.0 ** (1 - n) if mean else 1.0
-    return Pair(variant, reference, setting, n, mean, mean - half, mean + half, p, "cannot tell")
-
-
-def _holm(pairs: list[Pair]) -> list[Pair]:
-    order = sorted((p.p, i) for i, p in enumerate(pairs) if p.p is not None)
-    corrected, floor = list(pairs), 0.0
-    for rank, (p, i) in enumerate(order):
-        floor = max(floor, min(1.0, p * (len(order) - rank)))
-        corrected[i] = dataclasses.replace(pairs[i], p=floor)
-    return corrected
-
-
-def _decided(pair: Pair, margin: float | None, higher_is_better: bool) -> Pair:
-    if pair.p is None or pair.difference is None or pair.low is None or pair.high is None:
-        return pair
-    if margin is not None and -margin < pair.low and pair.high < margin:
-        return dataclasses.replace(pair, decision="equivalent")
-    if pair.p <= 0.05:
-        gains = (pair.difference > 0) == higher_is_better
-        return dataclasses.replace(pair, decision="better" if gains else "worse")
-    return dataclasses.replace(pair, more_seeds=_more_seeds(pair))
-
-
-def _more_seeds(pair: Pair) -> int | None:
-    """Seeds lacking to 80 % power at 5 %, by the normal approximation."""
-    from scipy import stats
-
-    assert pair.difference is not None
-    assert pair.high is not None
-    if not pair.difference:
-        return None
-    sd = (pair.high - pair.difference) / float(stats.t.ppf(0.975, pair.n - 1)) * math.sqrt(pair.n)
-    needed = math.ceil(((1.96 + 0.8416) * sd / pair.difference) ** 2) + 2
-    return max(1, needed - pair.n) if needed < 10_000 else None
-
-
-def sentence(pair: Pair, metric: str, margin: float | None) -> str:
-    """A verdict in words."""
-    norm, reference = (label.split("/")[0] for label in (pair.variant, pair.reference))
-    unit, factor = ("points", 100.0) if metric.endswith("accuracy") else ("nats", 1.0)
-    said = {
-        "better": f"{norm} is better than {reference}",
-        "worse": f"{norm} is worse than {reference}",
-        "equivalent": f"{norm} and {reference} are equivalent (margin {factor * (margin or 0):g} "
-        f"{unit})",
-        "cannot tell": f"cannot tell {norm} from {reference}",
-    }[pair.decision]
-    if pair.difference is None or pair.low is None or pair.high is None or pair.p is None:
-        seeds = "1 seed has" if pair.n == 1 else f"{pair.n} seeds have"
-        return f"{pair.setting}: {said}: only {seeds} both figures."
-    figures = (
-        f"{factor * pair.difference:+.2f} {unit} of {metric.replace('_', ' ')} "
-        f"(95 % interval {factor * pair.low:+.2f} to {factor * pair.high:+.2f}, "
-        f"p {pair.p:.2g}, {pair.n} seeds)"
+    Arguments as for :func:`judge` and :func:`truenorm.paired.monitor`.
+    """
+    higher = metric.endswith("accuracy")
+    seen = monitor(
+        scores, looks, max_seeds, list(family), higher_is_better=higher, margin=margin, alpha=ALPHA
     )
-    return f"{pair.setting}: {said}: {figures}.{_outlook(pair)}"
+    pairs = []
+    for w in seen.pairs:
+        cut = {name: scores[name][: w.n] for name in (w.a, w.b)}
+        found = compare_scores(cut, [(w.a, w.b)], higher_is_better=higher, margin=margin)[0]
+        text = _told_early(_by_norm(found), w, max_seeds, metric)
+        said = Verdict(w.a, w.b, w.decision, text)
+        pairs.append(_pair(family[w.a, w.b], found, said, w))
+    return tuple(pairs), seen.running
 
 
-def _outlook(pair: Pair) -> str:
-    if pair.decision != "cannot tell":
-        return ""
-    if pair.more_seeds is None:
-        return " No reasonable number of seeds would tell, if this difference is the true one."
-    return f" About {pair.more_seeds:,} more seeds would, if this difference is the true one."
+def _pair(setting: str, found: Comparison, said: Verdict, watched: Watched | None = None) -> Pair:
+    text = said.sentence.removesuffix(".")
+    return Pair(setting, found, said.decision, f"{setting}: {text}.", watched)
+
+
+def _by_norm(found: Comparison) -> Comparison:
+    """Named as in a sentence that has told the setting."""
+    a, b = (label.split("/")[0] for label in (found.a, found.b))
+    return dataclasses.replace(found, a=a, b=b)
+
+
+def _told_early(found: Comparison, seen: Watched, max_seeds: int, metric: str) -> str:
+    """A sentence of a pair that is looked at repeatedly."""
+    unit, factor = _unit(metric), _factor(metric)
+    after = f"{seen.n} of at most {max_seeds} seeds"
+    if found.dropped:
+        after += f", {found.dropped} dropped for failed runs"
+    if found.difference is None:
+        return f"cannot tell {found.a} from {found.b}: no seed has both scores ({after})."
+    size = f"{factor * found.difference:.2f} {unit}"
+    if seen.decision in ("better", "worse"):
+        gain = f"{factor * abs(found.difference):.2f} {unit}"
+        return (
+            f"{found.a} is {seen.decision} than {found.b} by {gain} (told at {after}; "
+            f"the {100 * ALPHA:g} % hold over all looks)."
+        )
+    if seen.decision == "equivalent":
+        margin = f"{factor * (found.margin or 0):g} {unit}"
+        return f"{found.a} and {found.b} are equivalent within {margin}: {size} (told at {after})."
+    said = f"cannot tell {found.a} from {found.b}: {size} at {after}"
+    if seen.hopeless and seen.conditional_power is not None:
+        chance = 100 * seen.conditional_power
+        return f"{said}; given up, all of them would tell with a chance of {chance:.1f} %."
+    return f"{said}."
+
+
+def _unit(metric: str) -> str:
+    return "points" if metric.endswith("accuracy") else "nats"
+
+
+def _factor(metric: str) -> float:
+    return 100.0 if metric.endswith("accuracy") else 1.0

@@ -50,6 +50,9 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer |
     def observe(told: Progress) -> None:
         done[:] = told.runs, told.total_runs
         runs = f"{told.runs}/{told.total_runs}"
+        if told.note:
+            console.print(told.note, markup=False)
+            return
         if told.row is not None and (not lively or told.row.error):
             console.print(f"run {runs}  {_line(told.row)}", markup=False)
         bar.update(task, completed=told.steps, total=told.total_steps, runs=runs)

@@ -53,12 +53,12 @@ def differences(study: Study) -> str:
         for y, pair in enumerate(pairs):
             seen = [_shown(study, d) for d in study.differences(pair)]
             axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
-            if pair.difference is None:
+            if pair.comparison.difference is None:
                 continue
-            mean = _shown(study, pair.difference)
+            mean = _shown(study, pair.comparison.difference)
             axes.plot([mean], [y - 0.1], "o", color=MARK, markersize=5)
-            if pair.low is not None and pair.high is not None:
-                ends = [_shown(study, pair.low), _shown(study, pair.high)]
+            if pair.interval:
+                ends = [_shown(study, end) for end in pair.interval]
                 axes.plot(ends, [y - 0.1] * 2, color=MARK, linewidth=1.6)
         axes.set_yticks(range(len(pairs)), [f"{p.variant} - {p.reference}" for p in pairs])
         axes.set_ylim(-0.6, len(pairs) - 0.4)
