@@ -44,8 +44,8 @@ class Summary:
     """A variant over its judged seeds.
 
     ``mean`` to ``iqm`` are of the study's metric, ``low`` and ``high`` its mean's 95 % interval
-    (:func:`truenorm.paired.interval`); ``seconds`` a mean, the ways to the goal medians over the
-    runs that reach it.
+    (:func:`truenorm.paired.interval`); ``seconds`` and ``valid_loss`` (of the best epochs) are
+    means, the ways to the goal medians over the runs that reach it.
     """
 
     variant: str
@@ -55,6 +55,7 @@ class Summary:
     iqm: float | None
     low: float | None
     high: float | None
+    valid_loss: float | None
     lr: float
     diverged: int
     failed: int
@@ -96,6 +97,11 @@ class Study:
     def of(self, label: str) -> list[Row]:
         """The judged rows of a variant, by seed."""
         return [row for row in self.rows if row.variant == label]
+
+    @property
+    def sequential(self) -> bool:
+        """Whether its variants stopped when they were decided."""
+        return any(pair.watched for pair in self.verdicts)
 
     def settings(self) -> dict[str, list[Variant]]:
         """The variants of each setting, the reference first."""
@@ -151,10 +157,11 @@ class Study:
             iqm=_interquartile_mean(values) if len(values) else None,
             low=low,
             high=high,
+            valid_loss=_mean([row.valid_loss for row in rows]),
             lr=self.lrs[label],
             diverged=sum(row.diverged for row in rows),
             failed=len(self.of(label)) - len(rows),
-            seconds=float(np.mean([row.seconds for row in rows])) if rows else None,
+            seconds=_mean([row.seconds for row in rows]),
             reached=len(reached),
             epochs_to_goal=float(np.median([e for e, _ in reached])) if reached else None,
             seconds_to_goal=float(np.median([s for _, s in reached])) if reached else None,
@@ -536,6 +543,12 @@ def _values(rows: Sequence[Row], metric: str) -> np.ndarray[Any, Any]:
     return np.array([math.nan if v is None else v for v in held], dtype=float)
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are there."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _interquartile_mean(values: np.ndarray[Any, Any]) -> float:
     from scipy import stats
 
@@ -553,10 +566,14 @@ def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:
 
 
 def _at_the_edge(tuning: Sequence[Row], lrs: dict[str, float]) -> list[str]:
-    rates = sorted({row.lr for row in tuning})
-    return [
-        f"{label}: the chosen learning rate {lr:g} is the "
-        f"{'least' if lr == rates[0] else 'largest'} that was tried; a wider grid may do better."
-        for label, lr in lrs.items()
-        if len(rates) > 1 and lr in (rates[0], rates[-1])
-    ]
+    """What one should know of rates at an end of those that were tried."""
+    tried = sorted({row.lr for row in tuning})
+    told = []
+    for rate, end in ((tried[0], "least"), (tried[-1], "largest")) if len(tried) > 1 else ():
+        labels = [label for label, lr in lrs.items() if lr == rate]
+        if labels:
+            told.append(
+                f"The learning rate chosen for {', '.join(labels)}, {rate:g}, is the {end} that "
+                "was tried; a wider grid may do better."
+            )
+    return told

@@ -118,8 +118,10 @@ _COLUMNS = (
     ("mean", "right"),
     ("sd", "right"),
     ("iq mean", "right"),
+    ("val loss", "right"),
     ("lr", "right"),
     ("epochs to goal", "right"),
+    ("s to goal", "right"),
     ("diverged", "right"),
     ("failed", "right"),
     ("seconds", "right"),
@@ -135,10 +137,15 @@ def _cells_of(s: Summary, share: bool) -> list[str]:
         return "-" if value is None else f"{100 * value:.2f} %" if share else f"{value:.4f}"
 
     goal = "-" if s.epochs_to_goal is None else f"{s.epochs_to_goal:g} ({s.reached}/{s.n})"
+    loss = "-" if s.valid_loss is None else f"{s.valid_loss:.4f}"
     return [
-        *(s.variant, str(s.n), figure(s.mean), figure(s.sd), figure(s.iqm), f"{s.lr:g}", goal),
-        *(str(s.diverged), str(s.failed), "-" if s.seconds is None else f"{s.seconds:.2f}"),
+        *(s.variant, str(s.n), figure(s.mean), figure(s.sd), figure(s.iqm), loss, f"{s.lr:g}"),
+        *(goal, _seconds(s.seconds_to_goal), str(s.diverged), str(s.failed), _seconds(s.seconds)),
     ]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 # Files ---------------------------------------------------------------------------------------
@@ -177,6 +184,7 @@ def html(study: Study) -> str:
     return environment.get_template("study.html").render(
         study=study,
         title=_title(study),
+        note=_table_note(study),
         columns=_COLUMNS,
         table=_cells(study),
         accuracy_svg=plots.by_batch_size(study),
@@ -195,7 +203,7 @@ def markdown(study: Study) -> str:
     sides = [":--" if side == "left" else "--:" for _, side in _COLUMNS]
     lines = [f"# {_title(study)}", "", study.tally(), ""]
     lines += [f"- {text}" for text in study.sentences()]
-    lines += ["", f"Mean, sd and interquartile mean are of {study.metric.replace('_', ' ')}.", ""]
+    lines += ["", _table_note(study), ""]
     lines += ["| " + " | ".join(row) + " |" for row in (names, sides, *_cells(study))]
     lines += ["", "```console", f"$ {_command(study)}", "```", ""]
     about = {k: v for k, v in study.provenance.items() if k != "command"}
@@ -222,6 +230,16 @@ _WRITERS: dict[str, Callable[[Study], str]] = {
     ".csv": table,
     ".json": lambda study: to_json(study.to_json(), indent=2) + "\n",
 }
+
+
+def _table_note(study: Study) -> str:
+    """What the table's columns mean."""
+    goal = "" if study.goal is None else f", {100 * study.goal:.2f} % of validation accuracy,"
+    return (
+        f"Mean, sd and interquartile mean are of {study.metric.replace('_', ' ')}; val loss is the "
+        f"mean best validation loss. Epochs and seconds to the goal{goal} are medians over the "
+        "runs that reached it, counted in parentheses; seconds are of one thread."
+    )
 
 
 def _title(study: Study) -> str:

@@ -62,7 +62,7 @@ def differences(study: Study) -> str:
                 axes.plot(ends, [y - 0.1] * 2, color=MARK, linewidth=1.6)
         axes.set_yticks(range(len(pairs)), [f"{p.variant} - {p.reference}" for p in pairs])
         axes.set_ylim(-0.6, len(pairs) - 0.4)
-        axes.set(xlabel=f"difference: {_title(study)}")
+        axes.set(xlabel=f"difference: {_title(study).replace('(%)', '(points)')}")
         return svg(figure)
 
 
