@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def layers_of(model: nn.Module, x: Tensor) -> list[Layer]:
     """The layers in the order in which a forward of ``x`` (in eval mode) first calls them.
 
     A parameter belongs to the module that was called and owns it, itself or through parts that
-    are never called themselves, as attention's output matrix.
+    are never called themselves, as attention's output matrix. A residual block's shortcut is
+    called after its body, which so counts as before it.
     """
     names = {module: name for name, module in model.named_modules()}
     called: dict[str, int] = {}
@@ -126,7 +128,7 @@ class Spread(NamedTuple):
         where the input was constant.
         """
         std = self.var.mean().sqrt()
-        return ((to.mean - self.mean).abs().mean() / std).item() if std > 0 else float("nan")
+        return ((to.mean - self.mean).abs().mean() / std).item() if std > 0 else math.nan
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from truenorm.calling import Call
 from truenorm.config import TrainConfig
-from truenorm.data import Batch, Splits, gather
+from truenorm.data import Batch, Splits, gather, in_order
 from truenorm.models import ModelSpec
 from truenorm.probes.layers import (
     Layer,
@@ -27,9 +28,11 @@ from truenorm.probes.layers import (
     without_dropout,
 )
 from truenorm.probes.stepping import Stepper, alone, built, mean, scores_of
+from truenorm.recalibration import chosen, settle
 
 MEASURES = 40  # steps that are measured, evenly over the training
 LENGTHS = (0.05, 0.1, 0.2, 0.4)  # 1/2, 1, 2 and 4 times the rate of 0.1
+SETTLED = 8192  # training examples that the running statistics are taken from at the end
 PROBE = 512  # training examples whose way through the layers is followed
 
 
@@ -60,7 +63,9 @@ def shift(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, flo
     - ``loss_range``, ``grad_range``, ``smoothness``: see :func:`landscape`;
     - ``input_shift``: how far the means of a layer's inputs moved from one measured step to the
       next, see :meth:`truenorm.probes.layers.Spread.moved`, on 512 training examples;
-    - ``train_loss``: over the last tenth of steps; ``test_accuracy``: in eval mode at the end;
+    - ``train_loss``: over the last tenth of steps;
+    - ``test_accuracy``: in eval mode at the end, after batch norms were given the exact statistics
+      of the first 8,192 training examples: few steps, or noise, leave the tracked ones far off;
     - ``diverged``: 1 where the loss ceased to be finite; all others are then NaN.
     """
     with alone(config):
@@ -101,10 +106,19 @@ def watched(stepper: Stepper, steps: list[dict[str, float]] | None = None) -> di
             steps.append(_step(stepper, layers, before, batch))
     return {
         "train_loss": mean(losses[-max(1, len(losses) // 10) :]),
-        "test_accuracy": scores_of(model, splits, splits.test).accuracy,
+        "test_accuracy": _settled_accuracy(model, splits),
         "input_shift": mean(_moves(spreads)),
         "diverged": 0.0,
     }
+
+
+def _settled_accuracy(model: nn.Module, splits: Splits) -> float:
+    """Test accuracy in eval mode, with the exact running statistics of training examples."""
+    data = splits.train.take(torch.arange(min(SETTLED, len(splits.train))))
+    call = Call(model)
+    model.eval()
+    settle(call, chosen(model), [b.x for b in in_order(data, splits.scaling, call.device)])
+    return scores_of(model, splits, splits.test).accuracy
 
 
 def _moves(spreads: list[list[Spread]]) -> list[float]:
@@ -179,8 +193,12 @@ def landscape(
         losses.append(loss.item())
         changes.append((_flat(there) - _flat(here)).norm().item())
     size = _flat(here).norm().item()
-    slopes = [change / (length * size) for change, length in zip(changes, LENGTHS, strict=True)]
-    return Landscape(max(losses) - min(losses), max(changes) - min(changes), max(slopes))
+    steepest = max(change / length for change, length in zip(changes, LENGTHS, strict=True))
+    return Landscape(
+        max(losses) - min(losses),
+        max(changes) - min(changes),
+        steepest / size if size > 0 else math.nan,
+    )
 
 
 def _flat(parts: list[Tensor]) -> Tensor:
