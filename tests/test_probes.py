@@ -44,7 +44,9 @@ def images(count=24, side=6):
     x = rng.normal(size=(3 * count, 1, side, side)).astype(np.float32)
     y = np.arange(3 * count) % 3
     x[:, 0, 0, 0] += 3 * y
-    return Splits(*(dataset(x[i * count : (i + 1) * count], y[i * count : (i + 1) * count]) for i in range(3)))
+    return Splits(
+        *(dataset(x[i * count : (i + 1) * count], y[i * count : (i + 1) * count]) for i in range(3))
+    )
 
 
 def batch_of(features=4, classes=3, count=10, seed=0):
@@ -96,6 +98,18 @@ def test_measuring_changes_nothing_in_the_training(parts):
     watched(seen, [])
     trained = {n: p for n, p in seen.model.state_dict().items() if "running" not in n}
     assert all(torch.equal(p, plain.model.state_dict()[n]) for n, p in trained.items())
+
+
+def test_at_the_end_the_running_statistics_are_exactly_those_of_the_training_part(parts):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    stepper = Stepper(built(SMALL, config, parts), parts, config)
+    found = watched(stepper)
+    model = stepper.model
+    given = model[0](parts.scaling(parts.train.x)).detach().double()
+    np.testing.assert_allclose(model[1].running_mean, given.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(model[1].running_var, given.var(0), rtol=1e-4)
+    right = (model(parts.scaling(parts.test.x)).argmax(1) == parts.test.y).double().mean()
+    assert found["test_accuracy"] == pytest.approx(right.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("setting", [{"accumulate": 2}, {"amp": "bf16"}])
@@ -232,7 +246,7 @@ def test_dropout_is_off_while_a_step_is_measured():
 def test_noise_has_the_stated_moments():
     draws = [Noise(0).draw(2000, 3), *(Noise(s).draw(2, 500) for s in range(40))]
     scale, shift = draws[0]
-    mu, sigma = shift.mean(0), scale.mean(0)
+    mu = shift.mean(0)
     assert (shift - mu).abs().max() <= 0.1 + 0.01
     assert shift.std(0) == pytest.approx(np.full(3, 0.2 / math.sqrt(12)), rel=0.05)
     assert scale.std(0) == pytest.approx(np.full(3, 0.1), rel=0.1)
@@ -405,9 +419,7 @@ def test_online_figures_are_those_of_predictions_made_one_by_one(parts):
     found = PROBES["online"](spec, CONFIG, parts)
     model = built(spec, CONFIG, parts)
     optimizer = torch.optim.Adam(model.parameters(), lr=CONFIG.lr)
-    order = torch.randperm(
-        90, generator=torch.Generator().manual_seed(CONFIG.seed * 1_000_003 + 1)
-    )
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(CONFIG.seed * 1_000_003 + 1))
     losses, right = [], []
     for i in order.tolist():
         logits = model(parts.scaling(parts.train.x[i : i + 1]))

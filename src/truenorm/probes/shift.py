@@ -177,9 +177,7 @@ def _compared(g: Tensor, then: Tensor) -> Shift:
     return Shift(distance / size.item(), distance, (g @ then / (size * other)).item())
 
 
-def landscape(
-    model: nn.Module, state: State, batch: Batch, *, smoothing: float = 0.0
-) -> Landscape:
+def landscape(model: nn.Module, state: State, batch: Batch, *, smoothing: float = 0.0) -> Landscape:
     """Loss and gradient of one batch at ``state`` - length * gradient, for each of ``LENGTHS``.
 
     The lengths are the same for every model and optimizer: half to four times the rate of 0.1.
