@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,9 +264,8 @@ def compare(
     for variant in variants:  # refuse before anything is run
         build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
         device_of(variant.config.device)
-    fingerprint, pool = uncut.fingerprint(), _pool(engine, uncut, processes)
-    with Store(None if store is None else Path(store)) as held, pool:
-        runner = _Runner(held, pool, fingerprint, len(splits.train), retry, observe)
+    work = runner_of(uncut, len(splits.train), store, processes, engine, retry, observe)
+    with work as runner:
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
         tuning, lrs = _tuned(variants, rates, tuning_seeds, runner, ahead)
@@ -274,10 +274,10 @@ def compare(
         rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
     about = {
         "data": data if isinstance(data, str) else splits.train.name,
-        "fingerprint": fingerprint,
+        "fingerprint": runner.fingerprint,
         "store": None if store is None else str(store),
         "engine": engine,
-        "processes": pool.count,
+        "processes": runner.pool.count,
         "seeds": list(judged),
         "recipe": recipe,
     }
@@ -346,8 +346,24 @@ def _data(data: Any, target: str | None, seed: int) -> tuple[sources.Uncut, Spli
 # The runs ------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def runner_of(
+    uncut: sources.Uncut,
+    examples: int,
+    store: Path | str | None,
+    processes: int | None,
+    engine: str = "local",
+    retry: bool = False,
+    observe: Observer | None = None,
+) -> Iterator[Runner]:
+    """What runs trials over ``uncut`` and keeps their rows, until the body ends."""
+    pool = _pool(engine, uncut, processes)
+    with Store(None if store is None else Path(store)) as held, pool:
+        yield Runner(held, pool, uncut.fingerprint(), examples, retry, observe)
+
+
 @dataclass
-class _Runner:
+class Runner:
     """Gets rows: from the store where they are, else from the pool and into the store."""
 
     store: Store
@@ -385,7 +401,8 @@ class _Runner:
         ]
 
     def _steps(self, trial: Trial) -> int:
-        return trial.config.epochs * math.ceil(self.examples / trial.config.batch_size)
+        examples = trial.examples or self.examples
+        return trial.config.epochs * math.ceil(examples / trial.config.batch_size)
 
     def _tell(self, left: int, row: Row | None) -> None:
         if self.observe is not None:
@@ -396,7 +413,7 @@ def _tuned(
     variants: Sequence[Variant],
     rates: Sequence[float],
     seeds: int,
-    runner: _Runner,
+    runner: Runner,
     ahead: Sequence[Trial],
 ) -> tuple[list[Row], dict[str, float]]:
     """Rows of the tuning runs, and each variant's learning rate: the recipe's without any."""

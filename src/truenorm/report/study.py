@@ -203,7 +203,7 @@ def markdown(study: Study) -> str:
 def table(study: Study) -> str:
     """A line of CSV for each run, tuning runs included; without the curves."""
     text = io.StringIO(newline="")
-    names = [f.name for f in dataclasses.fields(Row) if f.name != "curve"]
+    names = [f.name for f in dataclasses.fields(Row) if f.name not in ("curve", "figures")]
     writer = csv.writer(text, lineterminator="\n")
     goal = ["epochs_to_goal", "seconds_to_goal"]
     writer.writerow([*names, "diverged", *goal])
