@@ -134,7 +134,7 @@ class _VectorInstanceNorm(nn.InstanceNorm1d):
 _OURS: tuple[type[BatchNorm], ...] = (BatchNorm1d, BatchNorm1d, BatchNorm2d)
 
 
-def norm_of(kind: NormName, channels: int, axes: int) -> nn.Module:
+def norm_of(kind: NormName, channels: int, axes: int) -> nn.Module:  # noqa: PLR0911  one a kind
     """The normalization of (N, C, *S) with ``axes`` spatial axes, 0 for vectors.
 
     Layer and RMS norm take each example's statistics over channels and positions together,

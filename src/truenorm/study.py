@@ -264,7 +264,9 @@ def compare(
     for variant in variants:  # refuse before anything is run
         build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
         device_of(variant.config.device)
-    work = runner_of(uncut, len(splits.train), store, processes, engine, retry, observe)
+    work = runner_of(
+        uncut, len(splits.train), store, processes, engine=engine, retry=retry, observe=observe
+    )
     with work as runner:
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
@@ -352,6 +354,7 @@ def runner_of(
     examples: int,
     store: Path | str | None,
     processes: int | None,
+    *,
     engine: str = "local",
     retry: bool = False,
     observe: Observer | None = None,
