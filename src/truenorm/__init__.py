@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from truenorm.claims import Findings as Findings
     from truenorm.config import TrainConfig as TrainConfig
     from truenorm.config import recipe as recipe
     from truenorm.conversion import Conversion as Conversion
@@ -80,6 +81,7 @@ _HOMES = {
     "EarlyStopping": "train",
     "Exported": "exporting",
     "Finding": "doctor.diagnosis",
+    "Findings": "claims",
     "Folded": "folding.fold",
     "GroupNorm": "norms",
     "History": "train",

@@ -266,6 +266,81 @@ def compare(
 
 
 @app.command
+def claims(
+    *names: str,
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    list: Annotated[bool, Parameter(negative="")] = False,
+    data: str = "mnist",
+    target: str | None = None,
+    seeds: int | None = None,
+    processes: int | None = None,
+    store: Path = Path("claims.sqlite"),
+    retry: Annotated[bool, Parameter(negative="")] = False,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Put the claims made for batch norm to the test: supported, refuted, or cannot tell.
+
+    Parameters
+    ----------
+    names
+        Claims, as --list names them; by default all.
+    quick
+        Fewer seeds, examples and settings; what was given up is printed.
+    list
+        Print all claims and end.
+    data
+        A data source as for train; the claims on convolutions need images.
+    target
+        The label's column of a .csv or .parquet file.
+    seeds
+        Runs of each variant, in place of each claim's own number.
+    processes
+        Worker processes, each on one thread; by default one for each core.
+    store
+        The SQLite file of finished runs; the same command goes on after a stop.
+    retry
+        Run again what failed.
+    out
+        A report: .html, .md or .json.
+    quiet
+        Print nothing but the findings.
+    """
+    from truenorm.report import claims as report
+
+    if list:
+        report.listed(as_json=json)
+        return DONE
+    _check_file(out)
+    report.kind_of(out)
+    from truenorm import claims as tests
+
+    with report.following(store, quiet=quiet, as_json=json) as observe:
+        found = tests.claims(
+            names,
+            data=data,
+            target=target,
+            quick=quick,
+            seeds=seeds,
+            processes=processes,
+            store=store,
+            retry=retry,
+            observe=observe,
+            found=None if json else report.finding,
+        )
+    if out is not None:
+        report.write(found, out)
+    if json:
+        from truenorm.run import to_json
+
+        print(to_json(found.to_json()))
+    elif out is not None:
+        print(out)
+    return DONE
+
+
+@app.command
 def predict(
     run: Path,
     data: str,

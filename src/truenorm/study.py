@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,9 +304,10 @@ def compare(
         judged = tuple(range(looks[-1]))
     elif judged is None:
         judged = tuple(range(max(SEEDS, question.least_seeds() + 1)))
-    fingerprint, pool = uncut.fingerprint(), _pool(engine, uncut, processes)
-    with Store(None if store is None else Path(store)) as held, pool:
-        runner = _Runner(held, pool, fingerprint, len(splits.train), retry, observe)
+    work = runner_of(
+        uncut, len(splits.train), store, processes, engine=engine, retry=retry, observe=observe
+    )
+    with work as runner:
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
         if len(judged) < question.least_seeds():
             runner.note(question.too_few(len(judged)))
@@ -320,10 +322,10 @@ def compare(
             rows, verdicts = _until_decided(question, looks, lrs, runner)
     about: dict[str, Any] = {
         "data": data if isinstance(data, str) else splits.train.name,
-        "fingerprint": fingerprint,
+        "fingerprint": runner.fingerprint,
         "store": None if store is None else str(store),
         "engine": engine,
-        "processes": pool.count,
+        "processes": runner.pool.count,
         "seeds": sorted({row.seed for row in rows}),
         "recipe": recipe,
     }
@@ -409,7 +411,7 @@ class _Question:
 
 
 def _until_decided(
-    question: _Question, looks: Sequence[int], lrs: dict[str, float], runner: _Runner
+    question: _Question, looks: Sequence[int], lrs: dict[str, float], runner: Runner
 ) -> tuple[list[Row], tuple[Pair, ...]]:
     """Rows and verdicts of a study whose variants stop when all that is asked of them is told."""
     rows: list[Row] = []
@@ -450,8 +452,25 @@ def _data(data: Any, target: str | None, seed: int) -> tuple[sources.Uncut, Spli
 # The runs ------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def runner_of(
+    uncut: sources.Uncut,
+    examples: int,
+    store: Path | str | None,
+    processes: int | None,
+    *,
+    engine: str = "local",
+    retry: bool = False,
+    observe: Observer | None = None,
+) -> Iterator[Runner]:
+    """What runs trials over ``uncut`` and keeps their rows, until the body ends."""
+    pool = _pool(engine, uncut, processes)
+    with Store(None if store is None else Path(store)) as held, pool:
+        yield Runner(held, pool, uncut.fingerprint(), examples, retry, observe)
+
+
 @dataclass
-class _Runner:
+class Runner:
     """Gets rows: from the store where they are, else from the pool and into the store."""
 
     store: Store
@@ -498,7 +517,8 @@ class _Runner:
         ]
 
     def _steps(self, trial: Trial) -> int:
-        return trial.config.epochs * math.ceil(self.examples / trial.config.batch_size)
+        examples = trial.examples or self.examples
+        return trial.config.epochs * math.ceil(examples / trial.config.batch_size)
 
     def _tell(self, left: int, row: Row | None) -> None:
         if self.observe is not None:
@@ -509,7 +529,7 @@ def _tuned(
     variants: Sequence[Variant],
     rates: Sequence[float],
     seeds: int,
-    runner: _Runner,
+    runner: Runner,
     ahead: Sequence[Trial],
 ) -> tuple[list[Row], dict[str, float]]:
     """Rows of the tuning runs, and each variant's learning rate: the recipe's without any."""

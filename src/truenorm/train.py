@@ -218,10 +218,7 @@ class _Training:
 
     def _train(self, epoch: int) -> float:
         """One pass over the training data in an order of its own; the mean training loss."""
-        # A function of seed and epoch alone, so that a checkpoint needs no generator's state.
-        seed = (self.config.seed * 1_000_003 + epoch) % 2**63
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(self.config.seed, epoch)
         order = torch.randperm(len(self.splits.train), generator=generator)
         data, size = self.splits.train, self.config.batch_size
         batches = in_batches(data, order, size, self.splits.scaling, self.device)
@@ -274,12 +271,7 @@ class _Training:
                 f"batch norm cannot normalize a batch of {len(x)}: a channel needs more than one "
                 "value. Use a batch_size of at least 2 and at least 2 training examples."
             ) from error
-        logits = wide(logits)
-        if batch.weight is None:
-            return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
-        losses = F.cross_entropy(logits, batch.y, label_smoothing=smoothing, reduction="none")
-        # A batch may hold only examples of weight zero; it then has no loss.
-        return (losses * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
+        return loss_of(wide(logits), batch, smoothing)
 
     def _refuse_non_finite(self, losses: list[Tensor], start: int, epoch: int) -> None:
         finite = torch.isfinite(torch.stack(losses[start:]))
@@ -333,6 +325,25 @@ class _Training:
         self.started -= self.kept_at
         for record in self.epochs:
             self._tell(record.epoch, len(self.splits.train), record)
+
+
+def seeded(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order and augmentation; torch's own, of dropout, is set alike.
+
+    A function of seed and epoch alone, so that a checkpoint needs no generator's state.
+    """
+    of_epoch = (seed * 1_000_003 + epoch) % 2**63
+    torch.manual_seed(of_epoch)
+    return torch.Generator().manual_seed(of_epoch)
+
+
+def loss_of(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Mean cross entropy of ``logits`` (B, K) over the batch, by example weights."""
+    if batch.weight is None:
+        return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, batch.y, label_smoothing=smoothing, reduction="none")
+    # A batch may hold only examples of weight zero; it then has no loss.
+    return (losses * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
 
 
 def _try_out(model: nn.Module, splits: Splits, device: torch.device) -> None:

@@ -6,20 +6,23 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
 from truenorm.config import TrainConfig
-from truenorm.data import Splits
+from truenorm.data import Dataset, Splits, split
 from truenorm.evaluate import Scores, logits_of, score
 from truenorm.models import ModelSpec, build
+from truenorm.probes import PROBES
 from truenorm.sources import Uncut
 from truenorm.train import History, fit, threads
 
 Part = Literal["judged", "tuning"]
+VALIDATED = 2_000
 ATTEMPTS = 3  # a run is run again twice when its process dies
 
 
@@ -28,12 +31,19 @@ class Trial:
     """One run: model, config with its seed and learning rate, and what it serves.
 
     A ``tuning`` run helps to choose a learning rate and never sees the test part.
+
+    Attributes:
+        probe: one of :data:`truenorm.probes.PROBES` to perform in place of the plain training.
+        examples: of the training part, so many that the seed draws, each class in its share,
+            and as many to validate by, 2,000 at most; 0 for all.
     """
 
     variant: str
     spec: ModelSpec
     config: TrainConfig
     part: Part = "judged"
+    probe: str = ""
+    examples: int = 0
 
     def key(self, fingerprint: str) -> str:
         """A digest of all that determines the row; the variant's label does not."""
@@ -45,6 +55,8 @@ class Trial:
             "truenorm": metadata.version("truenorm"),
             "torch": torch.__version__,
         }
+        # Left out where they say nothing, so that the rows of older stores are found.
+        asked |= {k: v for k in ("probe", "examples") if (v := getattr(self, k))}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +86,7 @@ class Row:
         seconds: of fitting; the one figure that differs from repetition to repetition.
         stopped: why training ended; "nan" is divergence.
         curve: of each epoch validation loss, validation accuracy and seconds since the start.
+        figures: what a probe measured; what is undefined is not there.
         error: what went wrong.
     """
 
@@ -90,6 +103,7 @@ class Row:
     seconds: float = 0.0
     stopped: str | None = None
     curve: tuple[tuple[float, float, float], ...] = ()
+    figures: dict[str, float] = field(default_factory=dict, hash=False)
     error: str | None = None
 
     @property
@@ -130,7 +144,7 @@ class Bench:
 
     def __init__(self, data: Uncut) -> None:
         self.data = data
-        self._seed: int | None = None
+        self._cut: tuple[int, int] | None = None
         self._splits: Splits | None = None
 
     def perform(self, trial: Trial) -> Row:
@@ -146,14 +160,16 @@ class Bench:
             text = " ".join(str(error).split())
             return failed(trial, f"{type(error).__name__}: {text}")
 
-    def splits(self, seed: int) -> Splits:
-        """The parts that ``seed`` cuts."""
-        if self._splits is None or self._seed != seed:
-            self._splits, self._seed = self.data.cut(seed), seed
+    def splits(self, seed: int, examples: int = 0) -> Splits:
+        """The parts that ``seed`` cuts, with so many training examples (0: all)."""
+        if self._splits is None or self._cut != (seed, examples):
+            self._splits, self._cut = _fewer(self.data.cut(seed), examples, seed), (seed, examples)
         return self._splits
 
     def _perform(self, trial: Trial) -> Row:
-        config, splits = trial.config, self.splits(trial.config.seed)
+        config, splits = trial.config, self.splits(trial.config.seed, trial.examples)
+        if trial.probe:
+            return _probed(trial, splits)
         model = build(trial.spec, splits.input_shape, len(splits.classes), seed=config.seed)
         history = fit(model, splits, config)
         if history.stopped == "interrupted":
@@ -163,6 +179,37 @@ class Bench:
             device = next(model.parameters()).device
             tested = score(logits_of(model, splits.test, splits.scaling, device), splits.test)
         return _row(trial, history, tested)
+
+
+def _probed(trial: Trial, splits: Splits) -> Row:
+    start = time.perf_counter()
+    found = PROBES[trial.probe](trial.spec, trial.config, splits)
+    figures = {name: value for name, value in found.items() if math.isfinite(value)}
+    return Row(
+        variant=trial.variant,
+        part=trial.part,
+        seed=trial.config.seed,
+        lr=trial.config.lr,
+        test_accuracy=figures.get("test_accuracy", figures.get("eval_accuracy")),
+        seconds=time.perf_counter() - start,
+        stopped="nan" if figures.get("diverged") else "finished",
+        figures=figures,
+    )
+
+
+def _fewer(splits: Splits, examples: int, seed: int) -> Splits:
+    """``splits`` with so many examples to learn from, and at most 2,000 to validate by."""
+
+    def drawn(part: Dataset, count: int) -> Dataset:
+        if count >= len(part):
+            return part
+        share = 1 - count / len(part)
+        return split(part, test=None, valid=share, seed=seed).train
+
+    if not examples:
+        return splits
+    valid = drawn(splits.valid, min(examples, VALIDATED))
+    return Splits(drawn(splits.train, examples), valid, splits.test)
 
 
 def _row(trial: Trial, history: History, tested: Scores | None) -> Row:

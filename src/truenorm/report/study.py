@@ -191,7 +191,7 @@ def html(study: Study) -> str:
         differences_svg=plots.differences(study),
         rate_svgs=plots.rates(study),
         curve_svgs=plots.curves(study),
-        command=_command(study),
+        command=command_of(study.provenance["command"]),
         failures=[row for row in study.rows + study.tuning if row.error],
         rows=study.rows,
     )
@@ -205,7 +205,7 @@ def markdown(study: Study) -> str:
     lines += [f"- {text}" for text in study.sentences()]
     lines += ["", _table_note(study), ""]
     lines += ["| " + " | ".join(row) + " |" for row in (names, sides, *_cells(study))]
-    lines += ["", "```console", f"$ {_command(study)}", "```", ""]
+    lines += ["", "```console", f"$ {command_of(study.provenance['command'])}", "```", ""]
     about = {k: v for k, v in study.provenance.items() if k != "command"}
     lines += [f"- {key}: {value}" for key, value in about.items()]
     return "\n".join(lines) + "\n"
@@ -214,7 +214,7 @@ def markdown(study: Study) -> str:
 def table(study: Study) -> str:
     """A line of CSV for each run, tuning runs included; without the curves."""
     text = io.StringIO(newline="")
-    names = [f.name for f in dataclasses.fields(Row) if f.name != "curve"]
+    names = [f.name for f in dataclasses.fields(Row) if f.name not in ("curve", "figures")]
     writer = csv.writer(text, lineterminator="\n")
     goal = ["epochs_to_goal", "seconds_to_goal"]
     writer.writerow([*names, "diverged", *goal])
@@ -248,7 +248,8 @@ def _title(study: Study) -> str:
     return f"{', '.join(norms)} norm in {', '.join(models)} on {study.provenance['data']}"
 
 
-def _command(study: Study) -> str:
-    program, *rest = study.provenance["command"]
+def command_of(command: list[str]) -> str:
+    """The command line that does it again."""
+    program, *rest = command
     started = ["truenorm"] if program in ("truenorm", "__main__.py") else ["python", program]
     return shlex.join([*started, *rest])

@@ -1,0 +1,198 @@
+"""Findings as a person sees them: lines on the console; HTML, Markdown and JSON files."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from rich.console import Console
+
+from truenorm.claims import CLAIMS, Finding, Findings, Judged, Plot
+from truenorm.errors import InputError
+from truenorm.report.plots import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.report.study import command_of
+from truenorm.report.study import following as following_runs
+from truenorm.run import to_json, write_atomically
+from truenorm.study import Observer, Progress
+
+
+def listed(*, as_json: bool) -> None:
+    """Print the names and what they state."""
+    if as_json:
+        print(to_json({name: claim.statement for name, claim in CLAIMS.items()}))
+        return
+    for name, claim in CLAIMS.items():
+        print(f"{name:16} {claim.statement}")
+
+
+@contextlib.contextmanager
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+    """A bar with time left over each claim's runs; elsewhere than in a terminal only failures."""
+    with following_runs(store, quiet=quiet, as_json=as_json) as observe:
+
+        def failures(told: Progress) -> None:
+            assert observe is not None
+            row = told.row if told.row is not None and told.row.error else None
+            observe(told._replace(row=row))
+
+        yield None if observe is None else failures
+
+
+def finding(found: Finding, *, to_stderr: bool = False) -> None:
+    """Print one finding: the verdict first."""
+    console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    console.print("\n".join([*lines(found), ""]), markup=False)
+
+
+def lines(found: Finding) -> list[str]:
+    """Verdict, parts, literature, what was given up, time."""
+    claim, size = found.claim, found.size
+    failed = sum(row.error is not None for row in found.rows)
+    return [
+        f"{claim.name}: {found.verdict.upper()}. {claim.statement}",
+        *(f"  {j.answer}: {j.sentence}" for j in found.parts),
+        f"  literature: {claim.literature}",
+        f"  margin: {claim.margin}",
+        f"  study: {claim.setting} {size.seeds} seeds, {size.examples} examples, "
+        f"{size.epochs} epochs.",
+        *([f"  given up: {found.gave_up}"] if found.gave_up else []),
+        *([f"  {failed} runs failed"] if failed else []),
+        f"  {found.seconds:.0f} s",
+    ]
+
+
+def kind_of(out: Path | None) -> str:
+    """What the suffix of ``out`` asks for.
+
+    Raises:
+        InputError: nothing that can be written.
+    """
+    kind = ".html" if out is None else out.suffix.lower()
+    if kind not in _WRITERS:
+        raise InputError(f"{out}: --out must end in {', '.join(_WRITERS)}.")
+    return kind
+
+
+def write(found: Findings, out: Path) -> None:
+    """Write a report in the format of its suffix."""
+    text = _WRITERS[kind_of(out)](found)
+    write_atomically(out, lambda path: path.write_text(text, "utf-8"))
+
+
+def html(found: Findings) -> str:
+    """One page that opens offline, in light and in dark."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("truenorm", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("claims.html").render(
+        found=found,
+        cards=[(f, scores(f.plot), differences(f), table(f)) for f in found.findings],
+        columns=_COLUMNS,
+        command=command_of(found.provenance["command"]),
+    )
+
+
+def markdown(found: Findings) -> str:
+    """A table of verdicts, then each claim."""
+    text = ["# Batch norm's claims, tested", "", "| claim | verdict |", "| :-- | :-- |"]
+    text += [f"| {f.claim.statement} | {f.verdict} |" for f in found.findings]
+    for f in found.findings:
+        text += ["", f"## {f.claim.name}: {f.verdict}", "", f"{f.claim.statement}", ""]
+        text += [f"- {line.strip()}" for line in lines(f)[1:]]
+        text += ["", *("| " + " | ".join(row) + " |" for row in (_COLUMNS, _SIDES, *table(f)))]
+    text += ["", "```console", f"$ {command_of(found.provenance['command'])}", "```", ""]
+    text += [f"- {k}: {v}" for k, v in found.provenance.items() if k != "command"]
+    return "\n".join(text) + "\n"
+
+
+_COLUMNS = ("a", "b", "a - b", "interval", "unit", "margin", "p (Holm)", "n", "decision", "answer")
+_SIDES = (":--", ":--", *["--:"] * 6, ":--", ":--")
+
+
+def table(found: Finding) -> list[list[str]]:
+    """A line for each part."""
+    return [_cells(j) for j in found.parts]
+
+
+def _cells(j: Judged) -> list[str]:
+    c, factor = j.comparison, j.part.factor
+
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{factor * value:.2f}"
+
+    interval = f"{figure(c.low)} to {figure(c.high)}"
+    return [
+        *(c.a, c.b, figure(c.difference), interval, j.part.unit, figure(c.margin)),
+        *(f"{c.p_holm:.2g}", str(c.n), j.decision, j.answer),
+    ]
+
+
+_WRITERS: dict[str, Callable[[Findings], str]] = {
+    ".html": html,
+    ".md": markdown,
+    ".json": lambda found: to_json(found.to_json(), indent=2) + "\n",
+}
+
+
+def scores(plot: Plot) -> str:
+    """Means with a dot for each seed: lines along an axis, or a row for each label."""
+    rows = not plot.axis
+    count = max((len(points) for points in plot.series.values()), default=1)
+    with drawing(plot.title + plot.axis, 1, height=0.9 + 0.3 * count if rows else 2.8) as figure:
+        axes = figure.axes[0]
+        for i, (name, points) in enumerate(plot.series.items()):
+            known = [(x, v) for x, values in points if (v := _known(values))]
+            places: list[float] = [
+                float(count - 1 - k) if rows else float(x) for k, (x, _) in enumerate(known)
+            ]
+            means = [float(np.mean(v)) for _, v in known]
+            colour = SERIES[(i + 1) % len(SERIES)]
+            for at, (_, values) in zip(places, known, strict=True):
+                along = [at] * len(values)
+                spots = (values, along) if rows else (along, values)
+                axes.plot(*spots, ".", color=QUIET if rows else colour, alpha=0.5, markersize=3)
+            if rows:
+                axes.plot(means, places, "o", color=MARK, markersize=5)
+                axes.set_yticks(places, [str(x) for x, _ in known])
+            else:
+                axes.plot(places, means, color=colour, marker="o", markersize=4, label=name)
+        if plot.log and not rows:
+            axes.set_xscale("log")
+        axes.set(title=plot.title, xlabel=plot.axis)
+        if not rows:
+            axes.legend()
+        return svg(figure)
+
+
+def differences(found: Finding) -> str:
+    """Each part's differences by seed, mean and interval, in multiples of its margin."""
+    parts = list(reversed(found.parts))
+    with drawing("claim " + found.claim.name, 1, height=0.9 + 0.32 * len(parts)) as figure:
+        axes = figure.axes[0]
+        axes.axvspan(-1, 1, color=QUIET, alpha=0.2, linewidth=0)
+        axes.axvline(0, color=INK, linewidth=1)
+        for y, j in enumerate(parts):
+            p, c = j.part, j.comparison
+            pairs = zip(p.scores_a, p.scores_b, strict=True)
+            seen = _known([(a - b) / p.margin for a, b in pairs])
+            axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
+            if c.difference is not None:
+                axes.plot([c.difference / p.margin], [y - 0.1], "o", color=MARK, markersize=5)
+            if c.low is not None and c.high is not None:
+                ends = [c.low / p.margin, c.high / p.margin]
+                axes.plot(ends, [y - 0.1] * 2, color=MARK, linewidth=1.6)
+        axes.set_yticks(range(len(parts)), [f"{j.part.a}\n- {j.part.b}" for j in parts])
+        axes.set_ylim(-0.6, len(parts) - 0.4)
+        axes.set(xlabel="difference, in margins (grey: within)")
+        return svg(figure)
+
+
+def _known(values: list[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
