@@ -86,6 +86,24 @@ def test_holm_is_the_example_worked_by_hand():
     )
 
 
+@pytest.mark.parametrize("m", [1, 2, 7, 40])
+def test_holm_is_statsmodels(m):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    ps = np.random.default_rng(m).random(m) ** 3
+    np.testing.assert_allclose(paired.holm(ps), multitest.multipletests(ps, method="holm")[1])
+
+
+@pytest.mark.parametrize("d_z", [-1.5, 0.3, 0.8, 2.5])
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_seeds_needed_and_their_power_are_statsmodels(d_z, alpha):
+    power = pytest.importorskip("statsmodels.stats.power")
+    n = paired.seeds_needed(d_z, alpha, 0.8)
+    for count in (n - 1, n):
+        theirs = power.TTestPower().power(abs(d_z), count, alpha) if count > 1 else 0.0
+        assert (theirs >= 0.8) == (count == n)
+    assert paired.power_at(n, d_z, alpha) == pytest.approx(power.TTestPower().power(d_z, n, alpha))
+
+
 def test_equivalence_is_two_one_sided_permutation_tests():
     d = np.random.default_rng(3).normal(0.1, 0.5, 10)
     ps = [

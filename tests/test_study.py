@@ -420,9 +420,29 @@ def test_without_ray_its_engine_says_what_to_install(monkeypatch):
         small(engine="ray")
 
 
-def test_a_real_ray_cluster_gives_the_same_rows():
-    pytest.importorskip("ray")
-    assert timeless(small(engine="ray", processes=2)) == timeless(small())
+def benches():
+    """The processes of a study's actors."""
+    names = {int(p.name): (p / "cmdline").read_text("utf-8", "replace")
+             for p in Path("/proc").iterdir() if p.name.isdigit()}  # fmt: skip
+    return [pid for pid, name in names.items() if name.startswith("ray::Bench")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_a_real_cluster_gives_the_same_rows_though_actors_are_killed_and_is_ended(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    killed = []
+
+    def kill(told):
+        if told.row is not None and told.runs in (2, 9):
+            killed.append(benches()[0])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    options = {"seeds": 4, "lr": "tune", "grid": (0.01, 0.1), "tuning_seeds": 1}
+    study = small("digits", **options, engine="ray", processes=2, observe=kill)
+    assert len(set(killed)) == 2
+    assert timeless(study) == timeless(small("digits", **options, processes=2))
+    assert not ray.is_initialized()
 
 
 COMMAND = [
