@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint zoo recall bench recipes wheel clean
+.PHONY: train test lint zoo recall bench statistics recipes wheel clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -28,6 +28,10 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/small_batch.py
 	$(BIN)/python bench/doctor.py
 	$(BIN)/python bench/folding.py
+	$(BIN)/python bench/study.py
+
+statistics: .venv/ready-dev
+	$(BIN)/python bench/paired.py
 
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py

@@ -224,7 +224,7 @@ def test_seeds_needed_reckon_with_the_family():
 def test_five_seeds_are_told_that_six_are_needed():
     found = said([1, 2, 3, 4, 5], [0, 0, 0, 0, 0])
     assert found.decision == "cannot tell"
-    assert "at least 6 seeds are needed for a verdict at 5 %." in found.sentence
+    assert "n = 5), and fewer than 6 seeds can tell nothing; 1 more seed would" in found.sentence
 
 
 def test_differences_within_the_margin_are_equivalent():
@@ -264,7 +264,7 @@ def test_a_failed_run_drops_its_seed_from_its_pairs_and_is_counted():
         ([], [], "no seed has both scores; at least 6"),
         ([1.0], [2.0], "only 1 seed has both scores; at least 6"),
         ([math.nan] * 8, range(8), "no seed has both scores, 8 dropped for failed runs; at least"),
-        ([1, 5], [2, 3], "at least 6 seeds are needed"),
+        ([1, 5], [2, 3], "fewer than 6 seeds can tell nothing"),
         ([3] * 8, [3] * 8, "no number of seeds can be named"),
     ],
     ids=["n = 0", "n = 1", "all failed", "n = 2", "all differences zero"],

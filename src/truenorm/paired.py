@@ -239,16 +239,13 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
         assert found.margin is not None
         assert found.p_equivalent_holm is not None
         return (
-            f"{a} and {b} are equivalent within {factor * found.margin:g}{unit}: {size}{unit} "
+            f"{a} and {b} are equivalent within {amount(factor * found.margin, unit)}: {size}{unit} "
             f"({level} {low} to {high}, n = {n}{gone}, {_p(found.p_equivalent_holm)}{after})."
         )
     said = f"cannot tell {a} from {b}: {size}{unit} ({level} {low} to {high}, n = {n}{gone})"
     if n < found.least_seeds:
         of = f" among {found.family} pairs" if found.family > 1 else ""
-        return (
-            f"{said}; at least {found.least_seeds} seeds are needed for a verdict at "
-            f"{100 * found.alpha:g} %{of}."
-        )
+        said += f", and fewer than {found.least_seeds} seeds can tell nothing{of}"
     if found.seeds_needed is None:
         return f"{said}; no number of seeds can be named for a difference of zero."
     more = max(1, found.seeds_needed - n)
@@ -256,6 +253,12 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
         f"{said}; {more:,} more seed{'s' * (more > 1)} would at {100 * found.power:g} % power, "
         "if this difference is the true one."
     )
+
+
+def amount(value: float, unit: str) -> str:
+    """A round number with its unit, in the singular where it is one."""
+    number = f"{value:g}"
+    return number + (unit.removesuffix("s") if number == "1" else unit)
 
 
 def _p(p: float) -> str:

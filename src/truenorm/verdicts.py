@@ -13,6 +13,7 @@ from truenorm.paired import (
     Decision,
     Verdict,
     Watched,
+    amount,
     compare_scores,
     monitor,
     verdict,
@@ -165,7 +166,7 @@ def _told_early(found: Comparison, seen: Watched, max_seeds: int, metric: str) -
             f"the {100 * ALPHA:g} % hold over all looks)."
         )
     if seen.decision == "equivalent":
-        margin = f"{factor * (found.margin or 0):g} {unit}"
+        margin = amount(factor * (found.margin or 0), f" {unit}")
         return f"{found.a} and {found.b} are equivalent within {margin}: {size} (told at {after})."
     said = f"cannot tell {found.a} from {found.b}: {size} at {after}"
     if seen.hopeless and seen.conditional_power is not None:
