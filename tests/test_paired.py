@@ -230,9 +230,7 @@ def test_five_seeds_are_told_that_six_are_needed():
 def test_differences_within_the_margin_are_equivalent():
     found = said(SURE, np.zeros(8), "points", margin=1.0)
     assert found.decision == "equivalent"
-    assert found.sentence.startswith(
-        "batch and group are equivalent within 1 points: 0.41 points ("
-    )
+    assert found.sentence.startswith("batch and group are equivalent within 1 point: 0.41 points (")
     assert said(SURE, np.zeros(8), margin=0.3).decision == "better"
     assert said(np.zeros(8), np.zeros(8), margin=0.1).decision == "equivalent"
 

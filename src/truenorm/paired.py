@@ -238,8 +238,9 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
     if decision == "equivalent":
         assert found.margin is not None
         assert found.p_equivalent_holm is not None
+        margin = amount(factor * found.margin, unit)
         return (
-            f"{a} and {b} are equivalent within {amount(factor * found.margin, unit)}: {size}{unit} "
+            f"{a} and {b} are equivalent within {margin}: {size}{unit} "
             f"({level} {low} to {high}, n = {n}{gone}, {_p(found.p_equivalent_holm)}{after})."
         )
     said = f"cannot tell {a} from {b}: {size}{unit} ({level} {low} to {high}, n = {n}{gone})"

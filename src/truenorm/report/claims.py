@@ -58,7 +58,8 @@ def lines(found: Finding) -> list[str]:
         f"  literature: {claim.literature}",
         f"  margin: {claim.margin}",
         f"  study: {claim.setting} {size.seeds} seeds, {size.examples} examples, "
-        f"{size.epochs} epochs.",
+        f"{size.epochs} epoch{'s' * (size.epochs > 1)}.",
+        *([f"  {found.plot.note}"] if found.plot.note else []),
         *([f"  given up: {found.gave_up}"] if found.gave_up else []),
         *([f"  {failed} runs failed"] if failed else []),
         f"  {found.seconds:.0f} s",
