@@ -169,6 +169,15 @@ def test_seeds_needed_are_the_textbooks():
     assert paired.seeds_needed(50.0) == 2
 
 
+@pytest.mark.parametrize(("d_z", "more"), [(0.8, 15), (1.0, 11), (1.5, 7), (5.0, 6)])
+def test_few_seeds_are_as_many_as_the_sign_flip_test_itself_needs(d_z, more):
+    least = max(paired.seeds_needed(d_z), paired.least_seeds(1))
+    n = paired.flips_needed(least, d_z)
+    assert n == more
+    d = np.random.default_rng(99).normal(d_z, 1, (4000, n))
+    assert (paired.sign_flip(d) <= 0.05).mean() >= 0.78
+
+
 @pytest.mark.parametrize(("family", "least"), [(1, 6), (2, 7), (3, 7), (4, 8), (6, 8), (28, 11)])
 def test_fewer_than_the_least_seeds_can_tell_nothing(family, least):
     assert paired.least_seeds(family) == least
