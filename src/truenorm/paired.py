@@ -336,8 +336,9 @@ def interval(differences: Array, level: float = 0.95) -> tuple[Any, Any]:
     falls to 91 at n = 16, where Student's holds. BCa covers 80 % of normal differences at n = 4,
     88 at 8 and 92 at 16, so scipy.stats.bootstrap is not used. Where one run in ten fails badly,
     none covers at these n. Student's interval takes its place for n < 4 and where ties leave a
-    resample no spread so often that an end would be infinite. Resamples are fixed, and the differences and their mirror
-    image averaged, so neither order nor the direction of a - b changes anything.
+    resample no spread so often that an end would be infinite. Resamples are fixed, and the
+    differences and their mirror image averaged, so neither order nor the direction of a - b
+    changes anything.
     """
     d = np.sort(np.asarray(differences, dtype=float), axis=-1)
     n = d.shape[-1]

@@ -62,7 +62,7 @@ def lines(found: Finding) -> list[str]:
         *([f"  {found.plot.note}"] if found.plot.note else []),
         *([f"  given up: {found.gave_up}"] if found.gave_up else []),
         *([f"  {failed} runs failed"] if failed else []),
-        f"  {found.seconds:.0f} s",
+        f"  {len(found.rows)} runs, {found.seconds:.0f} s of one core",
     ]
 
 
@@ -95,6 +95,7 @@ def html(found: Findings) -> str:
     return environment.get_template("claims.html").render(
         found=found,
         cards=[(f, scores(f.plot), differences(f), table(f)) for f in found.findings],
+        about=_about(found),
         columns=_COLUMNS,
         command=command_of(found.provenance["command"]),
     )
@@ -102,7 +103,8 @@ def html(found: Findings) -> str:
 
 def markdown(found: Findings) -> str:
     """A table of verdicts, then each claim."""
-    text = ["# Batch norm's claims, tested", "", "| claim | verdict |", "| :-- | :-- |"]
+    text = ["# Batch norm's claims, tested", "", _about(found), "", "| claim | verdict |"]
+    text += ["| :-- | :-- |"]
     text += [f"| {f.claim.statement} | {f.verdict} |" for f in found.findings]
     for f in found.findings:
         text += ["", f"## {f.claim.name}: {f.verdict}", "", f"{f.claim.statement}", ""]
@@ -111,6 +113,20 @@ def markdown(found: Findings) -> str:
     text += ["", "```console", f"$ {command_of(found.provenance['command'])}", "```", ""]
     text += [f"- {k}: {v}" for k, v in found.provenance.items() if k != "command"]
     return "\n".join(text) + "\n"
+
+
+def _about(found: Findings) -> str:
+    """What the page is, in a paragraph."""
+    seconds = sum(f.seconds for f in found.findings)
+    runs = sum(len(f.rows) for f in found.findings)
+    quick = "Quick: fewer seeds, examples and settings than the full studies. "
+    return (
+        f"{quick if found.provenance['quick'] else ''}Each claim is a small study on "
+        f"{found.provenance['data']} with paired seeds. Supported: all of its comparisons say so; "
+        "refuted: any says otherwise; else cannot tell. The p-values are corrected by Holm within "
+        f"a claim. {runs:,} runs took {seconds / 60:.0f} minutes of one core; there were "
+        f"{found.provenance['processes']} at once."
+    )
 
 
 _COLUMNS = ("a", "b", "a - b", "interval", "unit", "margin", "p (Holm)", "n", "decision", "answer")
