@@ -644,7 +644,7 @@ def covariate_shift(lab: Lab, size: Size) -> tuple[list[Part], Plot]:
         Part("batch, noisy", "batch", _accuracy(rows["batch, noisy"]), _accuracy(rows["batch"]),
              POINT, WORSE),
     ], _bars("Relative change of a layer's gradient by the layers before it",
-             {n: _figure(rs, "shift") for n, rs in rows.items()})  # fmt: skip
+             {n: _figure(rows[n], "shift") for n in moved})  # fmt: skip
 
 
 def train_eval(lab: Lab, size: Size) -> tuple[list[Part], Plot]:
@@ -715,13 +715,13 @@ _CLAIMS = (
     Claim("cnn", "A residual network is better with batch norm.",
           f"{_IS}: 73.0 % after 2.1 million steps (BN-x5), Inception 72.2 % after 31.0 million.",
           "resnet of 8 and 16 channels, Adam, each at its own tuned rate.", _HALF,
-          Size(12, 3000, 5, (0.001, 0.003, 0.01, 0.03)), Size(8, 1000, 3, (0.003, 0.01, 0.03)),
-          cnn),
+          Size(12, 3000, 5, (0.001, 0.003, 0.01, 0.03), tuning=1),
+          Size(8, 1000, 3, (0.003, 0.01, 0.03)), cnn),
     Claim("transformer", "In a transformer batch norm is worse than layer norm.",
           "Shen et al. 2020 (PowerNorm) report a significant loss in translation; BERT itself uses "
           "layer norm.",
           "two blocks of width 32, Adam, each norm at its own tuned rate.", _ONE,
-          Size(12, 3000, 6, (0.001, 0.003, 0.01, 0.03)), Size(8, 1000, 4, (0.003, 0.01)),
+          Size(12, 6000, 6, (0.001, 0.003, 0.01), tuning=1), Size(8, 1000, 4, (0.003, 0.01)),
           transformer),
     Claim("covariate-shift", "Batch norm helps because it reduces internal covariate shift.",
           "Santurkar et al. 2018: the shift is not reduced; adding it back by noise does not hurt.",
