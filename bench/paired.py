@@ -75,6 +75,27 @@ def equivalence(studies: int) -> Iterator[list[str]]:
         yield [f"{margin:g}", *cells]
 
 
+def both(studies: int) -> Iterator[list[str]]:
+    """Studies of six pairs with some false verdict, of either kind."""
+    yield ["margin in sd of the differences", "n = 8", "n = 16", "n = 32"]
+    for margin in (0.5, 1.0, 2.0):
+        cells = []
+        for n in (8, 16, 32):
+            d = differences("normal", studies, 6, n, 5 * n)
+            d[:, 3:] += margin
+            ps, tosts = paired.sign_flip(d), paired.equivalence(d, margin)
+            wrong = [_wrong(p, tost) for p, tost in zip(ps, tosts, strict=True)]
+            cells.append(share(np.array(wrong)))
+        yield [f"{margin:g}", *cells]
+
+
+def _wrong(ps: Array, tosts: Array) -> bool:
+    """Whether one of the first three is told to be different or the others to be equivalent."""
+    different, within = paired.one_family(ps, tosts)
+    equivalent = within <= ALPHA  # said first
+    return bool((~equivalent & (different <= ALPHA))[:3].any() or equivalent[3:].any())
+
+
 def coverage(studies: int) -> Iterator[list[str]]:
     """How often the interval holds the true mean, beside Student's."""
     sizes = (4, 5, 8, 16, 32)
@@ -163,6 +184,7 @@ TABLES = {
     "family-wise": family_wise,
     "coverage": coverage,
     "equivalence": equivalence,
+    "both": both,
     "power": power,
     "planted": planted,
     "sequential": sequential,

@@ -104,6 +104,22 @@ def test_seeds_needed_and_their_power_are_statsmodels(d_z, alpha):
     assert paired.power_at(n, d_z, alpha) == pytest.approx(power.TTestPower().power(d_z, n, alpha))
 
 
+def test_both_kinds_of_test_are_corrected_as_worked_by_hand():
+    # 0.001 * 2 pairs left; 0.002 * 2, and that pair is done; 0.03 * 1; 0.5 * 1
+    different, within = paired.one_family([0.001, 0.03], [0.002, 0.5])
+    np.testing.assert_allclose(different, [0.002, 0.03])
+    np.testing.assert_allclose(within, [0.004, 0.5])
+    different, within = paired.one_family([0.001, 0.03], [0.9, 0.5])
+    np.testing.assert_allclose(different, [0.002, 0.06])  # a pair half done counts in full
+    np.testing.assert_allclose(within, [1, 1])
+
+
+def test_the_interquartile_mean_is_scipys():
+    a = np.random.default_rng(25).gamma(2, size=(2, 11))
+    found = one(*a)
+    assert (found.iqm_a, found.iqm_b) == pytest.approx(tuple(stats.trim_mean(a, 0.25, axis=1)))
+
+
 def test_equivalence_is_two_one_sided_permutation_tests():
     d = np.random.default_rng(3).normal(0.1, 0.5, 10)
     ps = [
@@ -149,6 +165,12 @@ def test_many_intervals_are_each_ones():
         assert paired.interval(row) == pytest.approx(ends)
 
 
+def test_an_interval_beyond_what_resamples_can_tell_is_students():
+    d = np.random.default_rng(24).normal(size=8)
+    theirs = stats.ttest_1samp(d, 0).confidence_interval(0.9999)
+    assert paired.interval(d, 0.9999) == pytest.approx((theirs.low, theirs.high))
+
+
 def test_effect_sizes_are_the_formulas():
     a, b = np.random.default_rng(7).normal(size=(2, 9))
     found, d = one(a, b), a - b
@@ -167,6 +189,8 @@ def test_seeds_needed_are_the_textbooks():
     assert paired.seeds_needed(-0.5) == 34
     assert paired.seeds_needed(0.001) == 7_848_880
     assert paired.seeds_needed(50.0) == 2
+    assert paired.seeds_needed(0.5, 0.05, 0.01) == 2  # any test finds that much
+    assert paired.seeds_needed(1e-200) is None
 
 
 @pytest.mark.parametrize(("d_z", "more"), [(0.8, 15), (1.0, 11), (1.5, 7), (5.0, 6)])
@@ -324,6 +348,14 @@ def test_bad_input_is_refused_with_its_value(scores, options, words):
         compare_scores(scores, **options)
 
 
+def test_more_pairs_than_random_flips_can_tell_are_refused():
+    names = {f"v{i}": [1.0, 2.0] for i in range(46)}
+    with pytest.raises(InputError, match=r"at most 1000 pairs can be told.*got 1035"):
+        compare_scores(names)
+    with pytest.raises(InputError, match=r"at most 500 pairs can be told.*got 1035"):
+        monitor(names, [2], 2)
+
+
 @pytest.mark.parametrize("looks", [[], [0, 4], [4, 4], [8, 4], [4, 9], [4, 12]])
 def test_looks_that_cannot_be_are_refused(looks):
     scores = {"a": np.arange(8), "b": np.zeros(8)}
@@ -449,6 +481,38 @@ def test_each_look_spends_no_more_than_it_may():
     for k, at in enumerate(looks):
         may = 0.2 * (at / 20) ** 2
         assert ((first >= 0) & (first <= k)).mean() <= may + 3 * standard_error(may, 2000)
+
+
+def half_zero_half_at_the_margin(seed, n, pairs=2, studies=2000):
+    """Differences whose every verdict is wrong: noisy zeros, and margins of 1 with little noise."""
+    odd = np.arange(pairs) % 2
+    noise = np.random.default_rng(seed).normal(size=(studies, pairs, n))
+    return odd, noise * np.where(odd, 0.3, 3)[:, None] + odd[:, None]
+
+
+def test_both_kinds_of_verdict_together_err_in_at_most_five_percent():
+    odd, d = half_zero_half_at_the_margin(21, 16)
+    ps, tosts = paired.sign_flip(d), paired.equivalence(d, 1.0)
+    wrong = {"one family": 0, "two families": 0}
+    for p, tost in zip(ps, tosts, strict=True):
+        for way, (different, within) in {
+            "one family": paired.one_family(p, tost),
+            "two families": (paired.holm(p), paired.holm(tost)),
+        }.items():
+            wrong[way] += (np.where(odd, within, different) <= 0.05).any()
+    assert wrong["one family"] / 2000 <= 0.05 + 3 * standard_error(0.05, 2000)
+    assert wrong["two families"] / 2000 > 0.065  # why it is one
+
+
+def test_looks_with_a_margin_err_in_at_most_five_percent_over_both_kinds():
+    _, d = half_zero_half_at_the_margin(22, 24, studies=400)
+    zero, wrong = np.zeros(24), 0
+    for few, many in d:
+        scores = {"a": few, "b": many, "zero": zero}
+        pairs = [("a", "zero"), ("b", "zero")]
+        first, second = monitor(scores, (8, 16, 24), 24, pairs, margin=1.0, futility=False).pairs
+        wrong += first.decision in ("better", "worse") or second.decision == "equivalent"
+    assert wrong / 400 <= 0.05 + 3 * standard_error(0.05, 400)
 
 
 # -- looks ----------------------------------------------------------------------------------------

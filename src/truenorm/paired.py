@@ -43,14 +43,16 @@ class Comparison:
             :func:`interval`), not widened for the family; None below 1 and 2 seeds.
         p, p_holm: two-sided sign-flip test, alone and after Holm over the ``family``.
         p_equivalent, p_equivalent_holm: two one-sided sign-flip tests (TOST) of a difference
-            within +- margin, alone and after Holm over the family's; None without a margin.
-        d_z: mean over standard deviation of the differences; None if the latter is zero.
+            within +- margin, alone and corrected; None without a margin. With one, both kinds
+            of test are corrected as one family.
+        d_z: mean over standard deviation of the differences; None if all are the same, but 0
+            if all are zero.
         g_z: d_z with Hedges' correction; None below 3 seeds.
         superiority: share of seeds on which a is the better one, ties counting half.
         iqm_a, iqm_b: interquartile means of each variant's own finished runs.
         seeds_needed: seeds at which the test at alpha / family finds the observed d_z with the
             asked-for power, at least ``least_seeds``; None if no number can be named.
-        least_seeds: fewer can give no p_holm <= alpha, whatever the scores.
+        least_seeds: if all pairs have fewer, no p_holm is <= alpha, whatever the scores.
     """
 
     a: str
@@ -134,9 +136,9 @@ def compare_scores(
 ) -> tuple[Comparison, ...]:
     """Compare variants pair by pair, as one family.
 
-    Holm corrects the tests of difference over all pairs, and those of equivalence over all pairs,
-    each kind at rate ``alpha``. The number of seeds must have been fixed beforehand; for looks in
-    between there is :func:`monitor`.
+    All tests are one family: the chance that any verdict is false is at most ``alpha``, those of
+    difference and of equivalence taken together (see :func:`one_family`). The number of seeds
+    must have been fixed beforehand; for looks in between there is :func:`monitor`.
 
     Args:
         scores: of each variant a metric by seed, (S,); NaN where the run failed.
@@ -148,14 +150,13 @@ def compare_scores(
         InputError: scores of unequal lengths, infinite or beyond 1e100; names or numbers that
             cannot be.
     """
-    rows, family = _checked(scores, pairs, margin, alpha)
+    rows, family = _checked(scores, pairs, margin, alpha, FLIPS)
     if not 0 < power < 1:
         raise InputError(f"power must lie between 0 and 1, got {power!r}; 0.8 is usual.")
     diffs = [d[~np.isnan(d)] for d in (_differences(rows[a], rows[b]) for a, b in family)]
     ps = [sign_flip(d) for d in diffs]
-    holms = holm(ps)
     tosts = None if margin is None else [equivalence(d, margin) for d in diffs]
-    tost_holms = None if tosts is None else holm(tosts)
+    holms, tost_holms = (holm(ps), None) if tosts is None else one_family(ps, tosts)
     least = least_seeds(len(family), alpha)
     compared = []
     for i, ((a, b), d) in enumerate(zip(family, diffs, strict=True)):
@@ -322,6 +323,22 @@ def holm(ps: Any) -> Array:
     return out
 
 
+def one_family(ps: Any, tosts: Any) -> tuple[Array, Array]:
+    """Holm's steps over both kinds of test of each pair, (m,) and (m,).
+
+    Of a pair's two null hypotheses, "zero" and "beyond the margin", at most one is true. So of 2 m
+    at most m are, and fewer only once both of a pair are rejected (Shaffer 1986). Holm on each
+    kind by itself would let a family with both zeros and large differences err twice as often.
+    """
+    p, m = np.concatenate([ps, tosts]), len(ps)
+    out, left, highest = np.empty(2 * m), np.full(m, 2), 0.0
+    for i in np.argsort(p, kind="stable"):
+        highest = max(highest, min(1.0, p[i] * np.count_nonzero(left)))
+        out[i] = highest
+        left[i % m] -= 1
+    return out[:m], out[m:]
+
+
 def least_seeds(family: int, alpha: float = 0.05) -> int:
     """Fewest seeds with which p after Holm can reach alpha: family * 2 / 2^n <= alpha."""
     return math.ceil(math.log2(2 * family / alpha) - 1e-12)
@@ -335,10 +352,10 @@ def interval(differences: Array, level: float = 0.95) -> tuple[Any, Any]:
     skewed (1 and 2) differences at n = 4 to 32 it keeps nearest to 95 %; with heavy tails (t3) it
     falls to 91 at n = 16, where Student's holds. BCa covers 80 % of normal differences at n = 4,
     88 at 8 and 92 at 16, so scipy.stats.bootstrap is not used. Where one run in ten fails badly,
-    none covers at these n. Student's interval takes its place for n < 4 and where ties leave a
-    resample no spread so often that an end would be infinite. Resamples are fixed, and the
-    differences and their mirror image averaged, so neither order nor the direction of a - b
-    changes anything.
+    none covers at these n. Student's interval takes its place for n < 4, above a level of 99.96 %,
+    and where ties leave a resample no spread so often that an end would be infinite. Resamples are
+    fixed, and the differences and their mirror image averaged, so neither order nor the direction
+    of a - b changes anything.
     """
     d = np.sort(np.asarray(differences, dtype=float), axis=-1)
     n = d.shape[-1]
@@ -348,7 +365,8 @@ def interval(differences: Array, level: float = 0.95) -> tuple[Any, Any]:
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     low, high = -half, half.copy()
     rows = max(1, BLOCK // RESAMPLES)
-    for start in range(0, len(flat) if n > 3 else 0, rows):
+    enough = n > 3 and (1 - level) / 2 * (RESAMPLES + 1) >= 1  # resamples beyond each end
+    for start in range(0, len(flat) if enough else 0, rows):
         part = slice(start, start + rows)
         lows, highs = _studentized(flat[part], level)
         back_lows, back_highs = _studentized(-flat[part, ::-1], level)
@@ -371,7 +389,7 @@ def _studentized(centred: Array, level: float) -> tuple[Array, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):
         t = means / np.sqrt(np.where(flat, 0, squares) / (n - 1))
     t = np.sort(np.where(flat & (np.abs(means) <= 1e-9 * np.sqrt(size)), 0, t), axis=1)
-    cut = max(1, round((1 - level) / 2 * (RESAMPLES + 1)))
+    cut = round((1 - level) / 2 * (RESAMPLES + 1))
     error = np.sqrt(size[:, 0] / (n - 1))
     with np.errstate(invalid="ignore"):
         return -t[:, -cut] * error, -t[:, cut - 1] * error
@@ -395,16 +413,18 @@ def power_at(n: Any, d_z: float, alpha: float = 0.05) -> Any:
 def seeds_needed(d_z: float | None, alpha: float = 0.05, power: float = 0.8) -> int | None:
     """Fewest seeds with which the two-sided paired t-test has this power; None if d_z is zero.
 
-    Beyond 10,000 by the normal approximation, from which the rest starts as well: the t-test
-    never needs fewer. The sign-flip test of few seeds needs more: :func:`flips_needed`.
+    Beyond 10,000 by the normal approximation, and None beyond 10^15. The sign-flip test of few
+    seeds needs more: :func:`flips_needed`.
     """
-    if not d_z:
+    if not d_z or abs(d_z) < 1e-12:
         return None
-    z = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(power))
+    z = max(0.0, float(stats.norm.isf(alpha / 2) + stats.norm.ppf(power)))
     exact = (z / d_z) ** 2
     if exact > 10_000:
         return math.ceil(exact) if exact < 1e15 else None
     n = max(2, math.floor(exact))
+    while n > 2 and power_at(n - 1, d_z, alpha) >= power:  # at low power the wrong side helps
+        n -= 1
     while power_at(n, d_z, alpha) < power:
         n += 1
     return n
@@ -467,8 +487,10 @@ def monitor(
     are one such flip as likely as any other, so the rate holds for any n, sizes of looks and
     spread (a sequential permutation test by Monte Carlo). It is exact over the draw of the flips;
     these are fixed, so that an answer can be repeated, which moves a rate of 5 % by some 0.2 %.
-    Holm is applied at each look as by Maurer and Bretz (2013): what is decided gives its share
-    to the rest.
+    Without a margin Holm is applied at each look as by Maurer and Bretz (2013): what is decided
+    gives its share to the rest, at all looks so far. With a margin every pair keeps alpha / pairs:
+    one told to be different may in truth be so, and then its other hypothesis, "beyond the margin",
+    has had its chance to be falsely rejected; giving its share away could pass ``alpha``.
 
     From half of max_seeds on, a pair whose power conditional on its trend is below 10 % is
     given up as hopeless. The boundaries reckon as if it went on, so this can only lower the rate of
@@ -484,40 +506,47 @@ def monitor(
     Raises:
         InputError: as :func:`compare_scores`; looks that do not rise or leave the range.
     """
-    rows, family = _checked(scores, pairs, margin, alpha)
+    rows, family = _checked(scores, pairs, margin, alpha, PATHS)
     _check_looks(looks, max_seeds, len(next(iter(rows.values()))))
     diffs = [_differences(rows[a], rows[b]) for a, b in family]
     watched: list[Watched | None] = [None] * len(family)
     powers: list[float | None] = [None] * len(family)
-    told = {"different": 0, "equivalent": 0}  # of each kind, decided so far
+    table = np.stack(diffs)
+
+    @functools.cache  # looks do not see what comes after them, so one replay serves them all
+    def firsts(share: float) -> tuple[Array, Array]:
+        """The looks at which each pair is told to be different and to be equivalent, or none."""
+        different = crossed(table, looks, max_seeds, share)
+        within = (
+            np.full(len(family), -1)
+            if margin is None
+            else _within(table, margin, looks, max_seeds, share)
+        )
+        return different, within
 
     def stop(i: int, at: int, decision: Decision, hopeless: bool = False) -> None:
         mean = _mean(diffs[i][:at])
         watched[i] = Watched(*family[i], decision, True, hopeless, at, mean, powers[i])
 
+    told = 0
     for k, at in enumerate(looks):
         news = True
         while news:  # what is decided frees some of alpha for the others
             news = False
-            for i, d in enumerate(diffs):
-                if watched[i] is not None:
-                    continue
-                plan = (looks[: k + 1], max_seeds)
-                share = {kind: alpha / (len(family) - count) for kind, count in told.items()}
+            share = alpha / max(1, len(family) - (told if margin is None else 0))
+            different, within = firsts(share)
+            for i in [i for i, w in enumerate(watched) if w is None]:
                 powers[i] = None
-                if margin is not None and _within(d, margin, *plan, share["equivalent"]):
+                if 0 <= within[i] <= k:
                     stop(i, at, "equivalent")
-                    told["equivalent"] += 1
-                elif (first := crossed(d[None], *plan, share["different"])[0]) >= 0:
-                    gains = (np.nansum(d[: looks[first]]) > 0) == higher_is_better
+                elif 0 <= different[i] <= k:
+                    gains = (np.nansum(table[i, : looks[different[i]]]) > 0) == higher_is_better
                     stop(i, at, "better" if gains else "worse")
-                    told["different"] += 1
                 else:
-                    powers[i] = _conditional(d[:at], at, max_seeds, share, margin)
-                news = news or watched[i] is not None
-        for i in range(len(family)):
-            if watched[i] is not None:
-                continue
+                    powers[i] = _conditional(diffs[i][:at], at, max_seeds, share, margin)
+                    continue
+                told, news = told + 1, True
+        for i in [i for i, w in enumerate(watched) if w is None]:
             chance = powers[i]
             lost = chance is not None and chance < HOPELESS and HOPELESS_FROM <= at / max_seeds < 1
             if at == max_seeds or (futility and lost):
@@ -590,14 +619,16 @@ def _path_signs(max_seeds: int, paths: int) -> Array:
     return np.random.default_rng(max_seeds).choice([-1.0, 1.0], (max_seeds, paths))
 
 
-def _within(d: Array, margin: float, looks: Sequence[int], max_seeds: int, alpha: float) -> bool:
-    """Whether both one-sided tests of the margin have crossed by the last look."""
-    both = np.stack([d + margin, margin - d])
-    return bool((crossed(both, looks, max_seeds, alpha, two_sided=False) >= 0).all())
+def _within(d: Array, margin: float, looks: Sequence[int], max_seeds: int, alpha: float) -> Array:
+    """The look by which both one-sided tests of the margin have crossed, or -1: (R, S) -> (R,)."""
+    above, below = (
+        crossed(side, looks, max_seeds, alpha, two_sided=False) for side in (d + margin, margin - d)
+    )
+    return np.where((above >= 0) & (below >= 0), np.maximum(above, below), -1)
 
 
 def _conditional(
-    d: Array, at: int, max_seeds: int, share: Mapping[str, float], margin: float | None
+    d: Array, at: int, max_seeds: int, share: float, margin: float | None
 ) -> float | None:
     """Chance of a decision at the last look if the trend goes on, by the normal approximation."""
     left = 1 - at / max_seeds
@@ -615,9 +646,9 @@ def _conditional(
         ends = stats.norm.sf([(bound - mean) / spread, (bound + mean) / spread])
         return float(ends.sum())
 
-    chance = beyond(float(stats.norm.isf(share["different"] / 2)) * error)
+    chance = beyond(float(stats.norm.isf(share / 2)) * error)
     if margin is not None:
-        bound = margin - float(stats.norm.isf(share["equivalent"])) * error
+        bound = margin - float(stats.norm.isf(share)) * error
         chance = max(chance, 1 - beyond(bound) if bound > 0 else 0.0)
     return min(1.0, chance)
 
@@ -626,7 +657,7 @@ def _conditional(
 
 
 def _checked(
-    scores: Mapping[str, Any], pairs: Pairs | None, margin: float | None, alpha: float
+    scores: Mapping[str, Any], pairs: Pairs | None, margin: float | None, alpha: float, draws: int
 ) -> tuple[dict[str, Array], list[tuple[str, str]]]:
     """Scores as float64 rows of one length, and the family of pairs."""
     if not 0 < alpha < 1:
@@ -656,6 +687,11 @@ def _checked(
         raise InputError(f"pairs must differ, got {family}; name each pair once.")
     if not family:
         raise InputError(f"at least one pair is needed, got the variants {list(rows)}; name two.")
+    if len(family) > alpha * (draws + 1):  # p is never below 1 / (draws + 1)
+        raise InputError(
+            f"at most {math.floor(alpha * (draws + 1))} pairs can be told at alpha = {alpha:g}, "
+            f"got {len(family)}; name the pairs that matter."
+        )
     return rows, family
 
 
