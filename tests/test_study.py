@@ -23,8 +23,8 @@ from truenorm.cli import main
 from truenorm.plan import Variant
 from truenorm.report import study as report
 from truenorm.sources import Uncut, uncut
-from truenorm.study import tuning_loss
 from truenorm.trial import Bench, Row, failed
+from truenorm.tuning import tuning_loss
 from truenorm.workers import Pool, map_data, write_data
 
 TINY = {"epochs": 2, "widths": (8,)}

@@ -18,8 +18,9 @@ from truenorm.models import ModelSpec
 from truenorm.paired import Comparison, Decision, compare_scores, verdict
 from truenorm.plan import TUNING_SEEDS_FROM
 from truenorm.run import environment
-from truenorm.study import Observer, Runner, runner_of, tuning_loss
+from truenorm.runner import Observer, Runner, runner_of
 from truenorm.trial import Row, Trial
+from truenorm.tuning import tuning_loss
 
 Answer = Literal["supported", "refuted", "cannot tell"]
 Scores = list[float]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from truenorm import sources
-from truenorm.cluster import RayPool
 from truenorm.data import Splits
 from truenorm.errors import InputError, choose
 from truenorm.models import build
 from truenorm.paired import Decision, interval, least_seeds
 from truenorm.plan import (
     GRID,
-    TUNING_SEEDS_FROM,
     Variant,
     looks_of,
     rates_of,
@@ -29,14 +26,13 @@ from truenorm.plan import (
     variants_of,
 )
 from truenorm.run import environment
-from truenorm.store import Store
+from truenorm.runner import Observer, Runner, runner_of
 from truenorm.train import device_of
-from truenorm.trial import Row, Trial
+from truenorm.trial import Row
+from truenorm.tuning import tuned, tuning_loss
 from truenorm.verdicts import AGAINST, ALPHA, Against, Pair, family_of, judge, watch
-from truenorm.workers import Pool, default_processes
 
 METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
-ENGINES = ("local", "ray")
 SEEDS = 8  # by default, where so many can tell something
 
 
@@ -198,24 +194,6 @@ class Study:
         return "\n".join([*self.sentences(), self.tally()])
 
 
-class Progress(NamedTuple):
-    """What an observer is told: runs and optimizer steps, done and in all, and the newest row.
-
-    ``row`` is None for the rows that the store held already, told of together, and where there
-    is a ``note``: something to know before the end.
-    """
-
-    runs: int
-    total_runs: int
-    steps: int
-    total_steps: int
-    row: Row | None
-    note: str = ""
-
-
-Observer = Callable[[Progress], None]
-
-
 def compare(
     data: Any,
     *,
@@ -312,7 +290,7 @@ def compare(
         if len(judged) < question.least_seeds():
             runner.note(question.too_few(len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
-        tuning, lrs = _tuned(variants, rates, tuning_seeds, runner, ahead)
+        tuning, lrs = tuned(variants, rates, tuning_seeds, runner, ahead)
         if isinstance(lr, float | int):
             lrs = {v.label: float(lr) for v in variants}
         if looks is None:
@@ -432,126 +410,11 @@ def _until_decided(
     return sorted(rows, key=lambda row: (order[row.variant], row.seed)), verdicts
 
 
-def _pool(engine: str, uncut: sources.Uncut, processes: int | None) -> Pool | RayPool:
-    """What runs the trials; of a cluster None processes are as many as it has cores."""
-    if processes is not None and processes < 0:
-        raise InputError(f"processes must be at least 0, got {processes!r}.")
-    choose("engine", engine, ENGINES)
-    if engine == "ray":
-        return RayPool(uncut, processes)
-    return Pool(uncut, default_processes() if processes is None else processes)
-
-
 def _data(data: Any, target: str | None, seed: int) -> tuple[sources.Uncut, Splits]:
     if isinstance(data, Splits):
         return sources.Uncut(data.train, data.test, data.valid, data.scaling), data
     uncut = sources.uncut(data, target=target)
     return uncut, uncut.cut(seed)
-
-
-# The runs ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def runner_of(
-    uncut: sources.Uncut,
-    examples: int,
-    store: Path | str | None,
-    processes: int | None,
-    *,
-    engine: str = "local",
-    retry: bool = False,
-    observe: Observer | None = None,
-) -> Iterator[Runner]:
-    """What runs trials over ``uncut`` and keeps their rows, until the body ends."""
-    pool = _pool(engine, uncut, processes)
-    with Store(None if store is None else Path(store)) as held, pool:
-        yield Runner(held, pool, uncut.fingerprint(), examples, retry, observe)
-
-
-@dataclass
-class Runner:
-    """Gets rows: from the store where they are, else from the pool and into the store."""
-
-    store: Store
-    pool: Pool | RayPool
-    fingerprint: str
-    examples: int
-    retry: bool
-    observe: Observer | None
-
-    def expect(self, runs: int) -> None:
-        """Say how many runs there will be."""
-        self.total_runs, self.runs, self.steps = runs, 0, 0
-
-    def expect_more(self, runs: int) -> None:
-        """Say how many runs there will be at most beside those that are done."""
-        self.total_runs = self.runs + runs
-
-    def note(self, text: str) -> None:
-        """Tell the observer something to know before the end."""
-        if self.observe is not None:
-            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps, None, text))
-
-    def rows(self, trials: Iterable[Trial], ahead: Sequence[Trial] = ()) -> list[Row]:
-        """The rows of ``trials``, in their order; ``ahead`` are about as long as what follows."""
-        asked = {trial.key(self.fingerprint): trial for trial in trials}
-        found = self.store.rows(asked)
-        if self.retry:
-            found = {key: row for key, row in found.items() if row.error is None}
-        missing = {trial: key for key, trial in asked.items() if key not in found}
-        left = sum(map(self._steps, [*missing, *ahead]))
-        self.runs += len(found)
-        self._tell(left, None)
-        # A seed's variants together, so that a worker cuts the data once; long runs first.
-        order = sorted(missing, key=lambda t: (t.config.seed, -self._steps(t)))
-        for trial, row in self.pool.run(order):
-            self.store.add(missing[trial], trial, row)
-            found[missing[trial]] = row
-            self.runs += 1
-            self.steps += self._steps(trial)
-            left -= self._steps(trial)
-            self._tell(left, row)
-        return [
-            dataclasses.replace(found[key], variant=trial.variant) for key, trial in asked.items()
-        ]
-
-    def _steps(self, trial: Trial) -> int:
-        examples = trial.examples or self.examples
-        return trial.config.epochs * math.ceil(examples / trial.config.batch_size)
-
-    def _tell(self, left: int, row: Row | None) -> None:
-        if self.observe is not None:
-            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps + left, row))
-
-
-def _tuned(
-    variants: Sequence[Variant],
-    rates: Sequence[float],
-    seeds: int,
-    runner: Runner,
-    ahead: Sequence[Trial],
-) -> tuple[list[Row], dict[str, float]]:
-    """Rows of the tuning runs, and each variant's learning rate: the recipe's without any."""
-    own = {v.label: v.config.lr for v in variants}
-    if not rates:
-        return [], own
-    tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
-    trials = [v.trial(s, rate, "tuning") for v in variants for rate in rates for s in tried]
-    rows = runner.rows(trials, ahead)
-
-    def loss(label: str, rate: float) -> float:
-        return tuning_loss([row for row in rows if (row.variant, row.lr) == (label, rate)])
-
-    return rows, {label: min(rates, key=lambda rate: loss(label, rate)) for label in own}
-
-
-def tuning_loss(rows: Sequence[Row]) -> float:
-    """Mean best validation loss over ``rows``, infinite if any diverged or failed."""
-    losses = [
-        math.inf if row.diverged or row.valid_loss is None else row.valid_loss for row in rows
-    ]
-    return sum(losses) / len(losses)
 
 
 # The figures ---------------------------------------------------------------------------------

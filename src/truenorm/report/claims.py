@@ -17,7 +17,7 @@ from truenorm.report.plots import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
 from truenorm.run import to_json, write_atomically
-from truenorm.study import Observer, Progress
+from truenorm.runner import Observer, Progress
 
 
 def listed(*, as_json: bool) -> None:

@@ -20,7 +20,8 @@ from rich.table import Table
 from truenorm.errors import InputError
 from truenorm.report import study_plots as plots
 from truenorm.run import to_json, write_atomically
-from truenorm.study import Observer, Progress, Study, Summary
+from truenorm.runner import Observer, Progress
+from truenorm.study import Study, Summary
 from truenorm.trial import Row
 
 
