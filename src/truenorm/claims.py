@@ -170,15 +170,8 @@ class Lab:
     classes: int
     rows: list[Row] = field(default_factory=list)
 
-    def run(self, arms: Sequence[Arm], size: Size) -> dict[str, list[Row]]:
-        """Each arm's judged rows, by seed."""
-        return self._run(
-            arms, size, [(s, a.config.lr) for a in arms[:1] for s in range(size.seeds)]
-        )
-
-    def _run(
-        self, arms: Sequence[Arm], size: Size, runs: Sequence[tuple[int, float]]
-    ) -> dict[str, list[Row]]:
+    def run(self, arms: Sequence[Arm], size: Size, *, alone: bool = False) -> dict[str, list[Row]]:
+        """Each arm's judged rows, by seed; ``alone`` is one run at a time, for what takes time."""
         trials = [
             Trial(
                 a.label,
@@ -189,10 +182,15 @@ class Lab:
                 size.examples,
             )
             for a in arms
-            for s, _ in runs
+            for s in range(size.seeds)
         ]
         self.runner.expect(len(trials))
-        rows = self.runner.rows(trials)
+        groups = [[trial] for trial in trials] if alone else [trials]
+        rows = [
+            row
+            for i, group in enumerate(groups)
+            for row in self.runner.rows(group, [t for g in groups[i + 1 :] for t in g])
+        ]
         self.rows += rows
         return {a.label: [r for r in rows if r.variant == a.label] for a in arms}
 
@@ -569,7 +567,9 @@ def inference_cost(lab: Lab, size: Size) -> tuple[list[Part], Plot]:
     """Milliseconds in eval mode: norm, none, folded."""
     models = ("mlp", "convnet")
     rows = lab.run(
-        [_arm(f"batch, {m}", size, probe="cost", spec={"name": m}) for m in models], size
+        [_arm(f"batch, {m}", size, probe="cost", spec={"name": m}) for m in models],
+        size,
+        alone=True,
     )
     parts: list[Part] = []
     shown: dict[str, Scores] = {}
@@ -706,7 +706,7 @@ _CLAIMS = (
           Size(12, 6000, 5), Size(8, 1000, 3), position),
     Claim("inference-cost", "Folded, batch norm costs nothing at inference.",
           "No number that we are sure of; folding removes the operation, so that 1.0 is expected.",
-          "mlp and convnet, eval mode, one thread, batches of 1 and 64.",
+          "mlp and convnet, eval mode, one thread, one run at a time, batches of 1 and 64.",
           "a tenth of the time: what machines vary by.",
           Size(12, 1000, 1), Size(8, 600, 1), inference_cost),
     Claim("online", "Batch norm cannot learn online, from batches of one.",
