@@ -480,7 +480,36 @@ def test_each_look_spends_no_more_than_it_may():
     first = paired.crossed(d, looks, 20, 0.2, paths=1999)
     for k, at in enumerate(looks):
         may = 0.2 * (at / 20) ** 2
-        assert ((first >= 0) & (first <= k)).mean() <= may + 3 * standard_error(may, 2000)
+        rate = ((first >= 0) & (first <= k)).mean()
+        assert rate <= may + 3 * standard_error(may, 2000)
+        if at > 5:  # of 5 seeds no flip is as rare as what may be spent
+            assert rate >= may - 3 * standard_error(may, 2000)
+
+
+def test_power_counts_both_sides():
+    assert paired.power_at(6, 1e-6) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_conditional_power_is_how_often_the_trend_ends_beyond_the_bound():
+    rng = np.random.default_rng(26)
+    d = rng.normal(0.4, 1, 12)
+    rest = rng.normal(d.mean(), d.std(ddof=1), (20_000, 12))
+    last = (d.sum() + rest.sum(1)) / 24
+    error = d.std(ddof=1) / math.sqrt(24)
+    told = (np.abs(last) > stats.norm.isf(0.025) * error).mean()
+    assert paired._conditional(d, 12, 24, 0.05, None) == pytest.approx(told, abs=0.015)
+    within = (np.abs(last) < 0.9 - stats.norm.isf(0.05) * error).mean()
+    assert paired._conditional(d, 12, 24, 0.05, 0.9) == pytest.approx(max(told, within), abs=0.015)
+
+
+def test_equivalence_waits_for_the_later_of_its_two_tests():
+    d = np.random.default_rng(27).normal(0.5, 1, (40, 24))
+    looks = (6, 12, 18, 24)
+    both = paired._within(d, 1.2, looks, 24, 0.05)
+    sides = [paired.crossed(x, looks, 24, 0.05, two_sided=False) for x in (d + 1.2, 1.2 - d)]
+    for found, above, below in zip(both, *sides, strict=True):
+        assert found == (-1 if min(above, below) < 0 else max(above, below))
+    assert any(0 <= above < below for above, below in zip(*sides, strict=True))
 
 
 def half_zero_half_at_the_margin(seed, n, pairs=2, studies=2000):
@@ -595,6 +624,20 @@ def test_what_is_decided_gives_its_share_to_the_rest():
         assert half <= (both.decision == "better" or both.hopeless)
         helped += both.decision == "better" and not half
     assert helped
+
+
+def test_with_a_margin_no_share_is_given_away():
+    rng, looks, wider = np.random.default_rng(28), (8, 16, 24), 0
+    for _ in range(60):
+        d, zero = rng.normal(0.65, 1, 24), np.zeros(24)
+        wide = {"a": d, "zero": zero, "sure": 5 + rng.normal(size=24)}
+        pairs = [("a", "zero"), ("sure", "zero")]
+        found = monitor(wide, looks, 24, pairs, margin=1e-3, futility=False).pairs
+        assert found[1].decision == "better"
+        half, whole = (paired.crossed(d[None], looks, 24, a)[0] >= 0 for a in (0.025, 0.05))
+        assert (found[0].decision == "better") == half
+        wider += whole and not half
+    assert wider
 
 
 def test_swapping_flips_a_sequential_verdict_too():
