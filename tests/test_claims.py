@@ -102,6 +102,19 @@ def test_json_has_rows_pairs_and_verdicts(capsys, tmp_path, monkeypatch):
     assert "cannot tell" in (tmp_path / "c.html").read_text("utf-8")
 
 
+def test_rows_of_numbers_leave_out_claims_on_images_and_say_so(capsys):
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(120, 4)).astype(np.float32), np.arange(120) % 3)
+    found = claims(data=rows, sizes=TINY, processes=0)
+    assert {f.claim.name for f in found.findings} | found.left.keys() == set(CLAIMS)
+    assert found.left["cnn"] == "needs images, got rows of 4 numbers"
+    assert not [row.error for f in found.findings for row in f.rows if row.error]
+    report.left_out(found)
+    assert "cnn: left out, needs images" in capsys.readouterr().out
+    with pytest.raises(InputError, match="cnn needs images, got rows of 4 numbers"):
+        claims(["cnn"], data=rows)
+
+
 def test_an_unknown_claim_is_refused():
     with pytest.raises(InputError, match="claim"):
         claims(["slower"])

@@ -149,15 +149,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All claims asked for, and how the answers were got."""
+    """All claims asked for, those that the data cannot serve, and how the answers were got."""
 
     findings: tuple[Finding, ...]
+    left: dict[str, str]
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """What programs read."""
         return {
             "claims": [f.to_json() for f in self.findings],
+            "left": self.left,
             "provenance": self.provenance,
         }
 
@@ -258,12 +260,19 @@ def claims(
         raise InputError(f"seeds must lie in [1, {TUNING_SEEDS_FROM}), got {seeds!r}.")
     uncut = sources.uncut(data, target=target)
     splits = uncut.cut(0)
+    asked = {name: CLAIMS[name] for name in names or CLAIMS}
+    left = {name: reason for name, claim in asked.items()
+            if (reason := _unfit(claim, splits.input_shape))}  # fmt: skip
+    if names and left:
+        name, reason = next(iter(left.items()))
+        raise InputError(f"{splits.train.name}: {name} {reason}; leave it out.")
     findings = []
     with runner_of(
         uncut, len(splits.train), store, processes, retry=retry, observe=observe
     ) as runner:
-        for name in names or CLAIMS:
-            claim = CLAIMS[name]
+        for name, claim in asked.items():
+            if name in left:
+                continue
             size = (sizes or {}).get(name) or (claim.quick if quick else claim.full)
             if seeds is not None:
                 size = dataclasses.replace(size, seeds=seeds)
@@ -278,7 +287,14 @@ def claims(
             "quick": quick,
             "processes": runner.pool.count,
         }
-    return Findings(tuple(findings), {**environment(), **about})
+    return Findings(tuple(findings), left, {**environment(), **about})
+
+
+def _unfit(claim: Claim, shape: tuple[int, ...]) -> str:
+    """Why examples of ``shape`` cannot serve, or nothing."""
+    if claim.name in _ON_IMAGES and len(shape) < 3:
+        return f"needs images, got rows of {shape[0]} numbers"
+    return ""
 
 
 def judged_of(claim: Claim, lab: Lab, size: Size) -> Finding:
@@ -735,3 +751,4 @@ _CLAIMS = (
           _ONE, Size(12, 3000, 1, (0.1, 0.01)), Size(8, 1000, 1, (0.1, 0.01)), train_eval),
 )  # fmt: skip
 CLAIMS = {claim.name: claim for claim in _CLAIMS}
+_ON_IMAGES = ("small-batch", "alternatives", "position", "inference-cost", "online", "cnn")  # fmt: skip

@@ -335,7 +335,9 @@ def claims(
         from truenorm.run import to_json
 
         print(to_json(found.to_json()))
-    elif out is not None:
+        return DONE
+    report.left_out(found)
+    if out is not None:
         print(out)
     return DONE
 

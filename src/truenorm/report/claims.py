@@ -48,6 +48,12 @@ def finding(found: Finding, *, to_stderr: bool = False) -> None:
     console.print("\n".join([*lines(found), ""]), markup=False)
 
 
+def left_out(found: Findings) -> None:
+    """Print the claims that were not tested."""
+    for name, reason in found.left.items():
+        print(f"{name}: left out, {reason}")
+
+
 def lines(found: Finding) -> list[str]:
     """Verdict, parts, literature, what was given up, time."""
     claim, size = found.claim, found.size
@@ -126,6 +132,7 @@ def _about(found: Findings) -> str:
         "refuted: any says otherwise; else cannot tell. The p-values are corrected by Holm within "
         f"a claim. {runs:,} runs took {seconds / 60:.0f} minutes of one core; there were "
         f"{found.provenance['processes']} at once."
+        + "".join(f" Left out: {name}, which {reason}." for name, reason in found.left.items())
     )
 
 
