@@ -751,4 +751,4 @@ _CLAIMS = (
           _ONE, Size(12, 3000, 1, (0.1, 0.01)), Size(8, 1000, 1, (0.1, 0.01)), train_eval),
 )  # fmt: skip
 CLAIMS = {claim.name: claim for claim in _CLAIMS}
-_ON_IMAGES = ("small-batch", "alternatives", "position", "inference-cost", "online", "cnn")  # fmt: skip
+_ON_IMAGES = ("small-batch", "alternatives", "position", "inference-cost", "online", "cnn")
