@@ -60,7 +60,7 @@ def lines(found: Finding) -> list[str]:
     failed = sum(row.error is not None for row in found.rows)
     return [
         f"{claim.name}: {found.verdict.upper()}. {claim.statement}",
-        *(f"  {j.answer}: {j.sentence}" for j in found.parts),
+        *(f"  {said(j)}" for j in found.parts),
         f"  literature: {claim.literature}",
         f"  margin: {claim.margin}",
         f"  study: {claim.setting} {size.seeds} seeds, {size.examples} examples, "
@@ -70,6 +70,11 @@ def lines(found: Finding) -> list[str]:
         *([f"  {failed} runs failed"] if failed else []),
         f"  {len(found.rows)} runs, {found.seconds:.0f} s of one core",
     ]
+
+
+def said(j: Judged) -> str:
+    """A part's answer and sentence; the sentence of one that cannot tell says so itself."""
+    return j.sentence if j.answer == "cannot tell" else f"{j.answer}: {j.sentence}"
 
 
 def kind_of(out: Path | None) -> str:
@@ -102,6 +107,7 @@ def html(found: Findings) -> str:
         found=found,
         cards=[(f, scores(f.plot), differences(f), table(f)) for f in found.findings],
         about=_about(found),
+        said=said,
         columns=_COLUMNS,
         command=command_of(found.provenance["command"]),
     )
