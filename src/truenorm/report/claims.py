@@ -136,8 +136,8 @@ def _about(found: Findings) -> str:
         f"{quick if found.provenance['quick'] else ''}Each claim is a small study on "
         f"{found.provenance['data']} with paired seeds. Supported: all of its comparisons say so; "
         "refuted: any says otherwise; else cannot tell. The p-values are corrected by Holm within "
-        f"a claim. {runs:,} runs took {seconds / 60:.0f} minutes of one core; there were "
-        f"{found.provenance['processes']} at once."
+        f"a claim. {runs:,} runs took {seconds / 60:.0f} minutes of one core, on "
+        f"{found.provenance['processes']} processes."
         + "".join(f" Left out: {name}, which {reason}." for name, reason in found.left.items())
     )
 
