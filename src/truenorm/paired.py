@@ -261,7 +261,7 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
 
 def amount(value: float, unit: str) -> str:
     """A round number with its unit, in the singular where it is one."""
-    number = f"{value:g}"
+    number = f"{value:.3g}"
     return number + (unit.removesuffix("s") if number == "1" else unit)
 
 
