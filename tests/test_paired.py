@@ -609,6 +609,12 @@ def test_a_variant_runs_on_while_one_of_its_pairs_is_open():
     assert found.running == ("b", "c")
 
 
+def test_a_difference_that_rounds_to_zero_has_no_minus():
+    assert [paired.hundredths(v) for v in (-0.001, 0.0, -0.006, 1.005)] == [
+        "0.00", "0.00", "-0.01", "1.00",
+    ]  # fmt: skip
+
+
 def test_what_is_decided_gives_its_share_to_the_rest():
     rng = np.random.default_rng(19)
     helped = 0

@@ -230,7 +230,7 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
     values = [factor * v for v in (found.difference, found.low, found.high)]
     if decision in ("better", "worse") and values[0] < 0:  # "by" a positive amount
         values = [-values[0], -values[2], -values[1]]
-    size, low, high = (f"{v:.2f}" for v in values)
+    size, low, high = map(hundredths, values)
     level = f"{100 * (1 - found.alpha):g} % interval"
     after = " after Holm" if found.family > 1 else ""
     if decision in ("better", "worse"):
@@ -257,6 +257,11 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
         f"{said}; {more:,} more seed{'s' * (more > 1)} would at {100 * found.power:g} % power, "
         "if this difference is the true one."
     )
+
+
+def hundredths(value: float) -> str:
+    """Two decimals, and no minus before zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def amount(value: float, unit: str) -> str:

@@ -169,7 +169,8 @@ class Study:
         counts = collections.Counter(pair.decision for pair in self.verdicts)
         kinds: tuple[Decision, ...] = ("better", "worse", "equivalent", "cannot tell")
         told = [f"{counts[kind]} {kind}" for kind in kinds if counts[kind]]
-        return f"{len(self.verdicts)} verdicts: {', '.join(told)}." if told else "No verdicts."
+        count = f"{len(self.verdicts)} verdict{'s' * (len(self.verdicts) > 1)}"
+        return f"{count}: {', '.join(told)}." if told else "No verdicts."
 
     def sentences(self) -> list[str]:
         """The verdicts in words, and what one should know of the tuning."""

@@ -15,6 +15,7 @@ from truenorm.paired import (
     Watched,
     amount,
     compare_scores,
+    hundredths,
     monitor,
     verdict,
 )
@@ -158,9 +159,9 @@ def _told_early(found: Comparison, seen: Watched, max_seeds: int, metric: str) -
         after += f", {found.dropped} dropped for failed runs"
     if found.difference is None:
         return f"cannot tell {found.a} from {found.b}: no seed has both scores ({after})."
-    size = f"{factor * found.difference:.2f} {unit}"
+    size = f"{hundredths(factor * found.difference)} {unit}"
     if seen.decision in ("better", "worse"):
-        gain = f"{factor * abs(found.difference):.2f} {unit}"
+        gain = f"{hundredths(factor * abs(found.difference))} {unit}"
         return (
             f"{found.a} is {seen.decision} than {found.b} by {gain} (told at {after}; "
             f"the {100 * ALPHA:g} % hold over all looks)."
