@@ -446,14 +446,14 @@ def test_a_real_cluster_gives_the_same_rows_though_actors_are_killed_and_is_ende
 
 
 COMMAND = [
-    "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32", "--seeds", "4",
-    "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
+    "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32", "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
 ]  # fmt: skip
 
 
-def started(folder):
+def started(folder, seeds=4):
     return subprocess.Popen(
-        [sys.executable, "-m", "truenorm", *COMMAND, "--processes", "2", "--json"],
+        [sys.executable, "-m", "truenorm", *COMMAND, "--seeds", str(seeds), "--processes", "2",
+         "--json"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -496,7 +496,7 @@ def test_kill_9_of_a_study_loses_no_row_and_repeats_none(tmp_path):
 
 
 def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
-    process = started(tmp_path)
+    process = started(tmp_path, seeds=400)  # far from its end when the signal comes
     follow(process, 3)
     process.send_signal(signal.SIGINT)
     out, err = gone(process)
