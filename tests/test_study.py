@@ -446,7 +446,8 @@ def test_a_real_cluster_gives_the_same_rows_though_actors_are_killed_and_is_ende
 
 
 COMMAND = [
-    "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32", "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
+    "compare", "--data", "digits", "--norm", "none,batch", "--batch-size", "8,32",
+    "--epochs", "6", "--widths", "16", "--store", "s.sqlite",
 ]  # fmt: skip
 
 
