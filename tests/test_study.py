@@ -414,6 +414,18 @@ def test_a_cluster_that_was_there_before_stays(monkeypatch):
     assert ray.killed == 2
 
 
+def test_a_ray_address_that_leads_nowhere_is_named(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("could not find\nany running instance")
+
+    ray = StandIn()
+    ray.init = refuse
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(InputError, match=r"find any running.*RAY_ADDRESS is '10\.0\.0\.1:6379'"):
+        small(engine="ray")
+
+
 def test_without_ray_its_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'truenorm\[cluster\]'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,11 +29,11 @@ def _ray() -> ModuleType:
 class RayPool:
     """Ray actors over ``data``, ``count`` or one for each core of the cluster.
 
-    Joins the cluster that ``ray.init()`` finds (RAY_ADDRESS), else starts one on this machine
-    and ends it with the context.
+    Joins the cluster that the caller's ``ray.init()`` or RAY_ADDRESS names, or one that runs on
+    this machine, and leaves it as it was; else starts one and ends it with the context.
 
     Raises:
-        InputError: ray is not installed.
+        InputError: ray is not installed, or the cluster that RAY_ADDRESS names is not there.
     """
 
     data: Uncut
@@ -42,10 +43,9 @@ class RayPool:
         self.ray = _ray()
 
     def __enter__(self) -> RayPool:
-        self._started = not self.ray.is_initialized()
-        if self._started:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            self.ray.init(log_to_driver=False, include_dashboard=False)
+        self._connected = not self.ray.is_initialized()
+        if self._connected:
+            self._connect()
         cores = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
         self.count = min(self.count or cores, cores)
         self._data = self.ray.put(self.data)
@@ -56,8 +56,19 @@ class RayPool:
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             self.ray.kill(actor)
-        if self._started:
-            self.ray.shutdown()
+        if self._connected:
+            self.ray.shutdown()  # of a cluster that was joined, only the connection
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet = logging.ERROR  # how ray starts is no part of what a study tells
+        try:
+            self.ray.init(log_to_driver=False, include_dashboard=False, logging_level=quiet)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"engine 'ray' found no cluster ({' '.join(str(error).split())}); RAY_ADDRESS is "
+                f"{os.environ.get('RAY_ADDRESS')!r}: start that one, or unset it."
+            ) from error
 
     def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Row]]:
         """Run ``trials`` and yield each with its row, as they come."""
@@ -74,6 +85,7 @@ class RayPool:
                 self._idle.append(actor)
             except self.ray.exceptions.RayError as error:  # its process died
                 self._actors.remove(actor)
+                self.ray.kill(actor)  # or, where only its answer was lost, it would keep a core
                 if attempt < ATTEMPTS:
                     waiting.appendleft((trial, attempt + 1))
                     continue
