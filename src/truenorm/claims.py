@@ -19,8 +19,9 @@ from truenorm.paired import Comparison, Decision, compare_scores, verdict
 from truenorm.plan import TUNING_SEEDS_FROM
 from truenorm.run import environment
 from truenorm.runner import Observer, Runner, runner_of
+from truenorm.trial import Part as TrialPart
 from truenorm.trial import Row, Trial
-from truenorm.tuning import tuning_loss
+from truenorm.tuning import best_rates
 
 Answer = Literal["supported", "refuted", "cannot tell"]
 Scores = list[float]
@@ -51,6 +52,12 @@ class Arm:
     spec: ModelSpec
     config: TrainConfig
     probe: str = ""
+
+    def trial(self, seed: int, lr: float, size: Size, part: TrialPart = "judged") -> Trial:
+        """The run with ``seed`` and ``lr``; rates are tuned by plain training, not by probe."""
+        config = dataclasses.replace(self.config, seed=seed, lr=lr)
+        probe = self.probe if part == "judged" else ""
+        return Trial(self.label, self.spec, config, part, probe, size.examples)
 
 
 @dataclass(frozen=True)
@@ -174,18 +181,7 @@ class Lab:
 
     def run(self, arms: Sequence[Arm], size: Size, *, alone: bool = False) -> dict[str, list[Row]]:
         """Each arm's judged rows, by seed; ``alone`` is one run at a time, for what takes time."""
-        trials = [
-            Trial(
-                a.label,
-                a.spec,
-                dataclasses.replace(a.config, seed=s),
-                "judged",
-                a.probe,
-                size.examples,
-            )
-            for a in arms
-            for s in range(size.seeds)
-        ]
+        trials = [a.trial(s, a.config.lr, size) for a in arms for s in range(size.seeds)]
         self.runner.expect(len(trials))
         groups = [[trial] for trial in trials] if alone else [trials]
         rows = [
@@ -199,26 +195,11 @@ class Lab:
     def tuned(self, arms: Sequence[Arm], size: Size, rates: Sequence[float]) -> list[Arm]:
         """Each arm at its rate of least mean validation loss over tuning seeds of their own."""
         seeds = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + size.tuning)
-        trials = [
-            Trial(
-                a.label,
-                a.spec,
-                dataclasses.replace(a.config, lr=rate, seed=s),
-                "tuning",
-                examples=size.examples,
-            )
-            for a in arms
-            for rate in rates
-            for s in seeds
-        ]
+        trials = [a.trial(s, r, size, "tuning") for a in arms for r in rates for s in seeds]
         self.runner.expect(len(trials))
         rows = self.runner.rows(trials)
         self.rows += rows
-
-        def loss(label: str, rate: float) -> float:
-            return tuning_loss([r for r in rows if (r.variant, r.lr) == (label, rate)])
-
-        best = {a.label: min(rates, key=lambda rate, a=a: loss(a.label, rate)) for a in arms}  # type: ignore[misc]
+        best = best_rates([a.label for a in arms], rates, rows)
         return [
             dataclasses.replace(a, config=dataclasses.replace(a.config, lr=best[a.label]))
             for a in arms

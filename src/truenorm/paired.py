@@ -185,8 +185,8 @@ def compare_scores(
                 d_z=d_z,
                 g_z=None if d_z is None or n < 3 else d_z * _hedges(n - 1),
                 superiority=float((gains > 0).mean() + (gains == 0).mean() / 2) if n else None,
-                iqm_a=_iqm(rows[a]),
-                iqm_b=_iqm(rows[b]),
+                iqm_a=interquartile_mean(rows[a]),
+                iqm_b=interquartile_mean(rows[b]),
                 seeds_needed=None if needed is None else max(needed, least),
                 least_seeds=least,
                 family=len(family),
@@ -461,7 +461,8 @@ def _hedges(df: int) -> float:
     return float(np.exp(logs) / math.sqrt(df / 2))
 
 
-def _iqm(row: Array) -> float | None:
+def interquartile_mean(row: Array) -> float | None:
+    """The mean of the middle half of (S,), NaN left out; None if nothing is left."""
     done = row[~np.isnan(row)]
     return float(stats.trim_mean(done, 0.25)) if len(done) else None
 

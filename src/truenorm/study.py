@@ -16,7 +16,7 @@ from truenorm import sources
 from truenorm.data import Splits
 from truenorm.errors import InputError, choose
 from truenorm.models import build
-from truenorm.paired import Decision, interval, least_seeds
+from truenorm.paired import Decision, interquartile_mean, interval, least_seeds
 from truenorm.plan import (
     GRID,
     Variant,
@@ -151,7 +151,7 @@ class Study:
             n=len(values),
             mean=float(values.mean()) if len(values) else None,
             sd=float(values.std(ddof=1)) if len(values) > 1 else None,
-            iqm=_interquartile_mean(values) if len(values) else None,
+            iqm=interquartile_mean(values),
             low=low,
             high=high,
             valid_loss=_mean([row.valid_loss for row in rows]),
@@ -431,12 +431,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """The mean of those that are there."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def _interquartile_mean(values: np.ndarray[Any, Any]) -> float:
-    from scipy import stats
-
-    return float(stats.trim_mean(values, 0.25))
 
 
 def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:

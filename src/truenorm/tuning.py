@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from truenorm.plan import TUNING_SEEDS_FROM, Variant
 from truenorm.runner import Runner
@@ -25,10 +26,18 @@ def tuned(
     trials = [v.trial(s, rate, "tuning") for v in variants for rate in rates for s in tried]
     rows = runner.rows(trials, ahead)
 
+    return rows, best_rates(own, rates, rows)
+
+
+def best_rates(
+    labels: Iterable[str], rates: Sequence[float], rows: Sequence[Row]
+) -> dict[str, float]:
+    """Of each variant the rate of least :func:`tuning_loss`; of equals the first."""
+
     def loss(label: str, rate: float) -> float:
         return tuning_loss([row for row in rows if (row.variant, row.lr) == (label, rate)])
 
-    return rows, {label: min(rates, key=lambda rate: loss(label, rate)) for label in own}
+    return {label: min(rates, key=functools.partial(loss, label)) for label in labels}
 
 
 def tuning_loss(rows: Sequence[Row]) -> float:

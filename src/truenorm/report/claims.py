@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from rich.console import Console
 
 from truenorm.claims import CLAIMS, Finding, Findings, Judged, Plot
-from truenorm.errors import InputError
+from truenorm.report import pages
+from truenorm.report.pages import page
 from truenorm.report.plots import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
-from truenorm.run import to_json, write_atomically
+from truenorm.run import to_json
 from truenorm.runner import Observer, Progress
 
 
@@ -42,9 +42,9 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer |
         yield None if observe is None else failures
 
 
-def finding(found: Finding, *, to_stderr: bool = False) -> None:
+def finding(found: Finding) -> None:
     """Print one finding: the verdict first."""
-    console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     console.print("\n".join([*lines(found), ""]), markup=False)
 
 
@@ -78,32 +78,23 @@ def said(j: Judged) -> str:
 
 
 def kind_of(out: Path | None) -> str:
-    """What the suffix of ``out`` asks for.
-
-    Raises:
-        InputError: nothing that can be written.
-    """
-    kind = ".html" if out is None else out.suffix.lower()
-    if kind not in _WRITERS:
-        raise InputError(f"{out}: --out must end in {', '.join(_WRITERS)}.")
-    return kind
+    """What the suffix of ``out`` asks for; raises InputError if nothing that can be written."""
+    return pages.kind_of(out, _WRITERS)
 
 
 def write(found: Findings, out: Path) -> None:
-    """Write a report in the format of its suffix."""
-    text = _WRITERS[kind_of(out)](found)
-    write_atomically(out, lambda path: path.write_text(text, "utf-8"))
+    """Write a report as its suffix says: .html, .md or .json.
+
+    Raises:
+        InputError: another suffix, or ``out`` cannot be written.
+    """
+    pages.write(found, out, _WRITERS)
 
 
 def html(found: Findings) -> str:
     """One page that opens offline, in light and in dark."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("truenorm", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("claims.html").render(
+    return page(
+        "claims.html",
         found=found,
         cards=[(f, scores(f.plot), differences(f), table(f)) for f in found.findings],
         about=_about(found),

@@ -7,12 +7,12 @@ import io
 import json
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
 from truenorm.evaluate import Judgement, NormView
 from truenorm.job import Job, Outcome
+from truenorm.report.pages import page
 from truenorm.report.plots import accuracy_curve, distributions, loss_curves, per_channel
 
 _MOST_CLASSES = 40  # a larger confusion matrix is not legible; its worst cells are listed
@@ -23,11 +23,8 @@ def render(job: Job, outcome: Outcome) -> str:
     judged, history = outcome.judgement, outcome.history
     assert judged is not None, "a report needs a judged model"
     environment = json.loads((job.run.folder / "environment.json").read_text("utf-8"))
-    loader = jinja2.PackageLoader("truenorm", "report")
-    template = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return template.get_template("run.html").render(
+    return page(
+        "run.html",
         result=outcome.result,
         request=job.request,
         environment=environment,

@@ -11,15 +11,15 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jinja2
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from truenorm.errors import InputError
+from truenorm.report import pages
 from truenorm.report import study_plots as plots
-from truenorm.run import to_json, write_atomically
+from truenorm.report.pages import page
+from truenorm.run import to_json
 from truenorm.runner import Observer, Progress
 from truenorm.study import Study, Summary
 from truenorm.trial import Row
@@ -153,36 +153,23 @@ def _seconds(value: float | None) -> str:
 
 
 def kind_of(out: Path | None) -> str:
-    """What the suffix of ``out`` asks for.
-
-    Raises:
-        InputError: nothing that can be written.
-    """
-    kind = ".html" if out is None else out.suffix.lower()
-    if kind not in _WRITERS:
-        raise InputError(f"{out}: --out must end in {', '.join(_WRITERS)}.")
-    return kind
+    """What the suffix of ``out`` asks for; raises InputError if nothing that can be written."""
+    return pages.kind_of(out, _WRITERS)
 
 
 def write(study: Study, out: Path) -> None:
-    """Write a report in the format of its suffix: .html, .md, .csv (of all runs) or .json.
+    """Write a report as its suffix says: .html, .md, .csv (of all runs) or .json.
 
     Raises:
         InputError: another suffix, or ``out`` cannot be written.
     """
-    text = _WRITERS[kind_of(out)](study)
-    write_atomically(out, lambda path: path.write_text(text, "utf-8"))
+    pages.write(study, out, _WRITERS)
 
 
 def html(study: Study) -> str:
     """One page that opens offline, in light and in dark."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("truenorm", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("study.html").render(
+    return page(
+        "study.html",
         study=study,
         title=_title(study),
         note=_table_note(study),
