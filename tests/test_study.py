@@ -598,6 +598,13 @@ def test_seeds_that_can_tell_nothing_are_told_of_before_anything_runs():
     assert "fewer than 7 seeds can tell nothing among 2 pairs" in study.sentences()[0]
 
 
+def test_a_study_that_asks_for_no_verdict_is_not_told_of_too_few_seeds():
+    told = []
+    study = small(norms=("batch",), observe=told.append)
+    assert {t.note for t in told} == {""}
+    assert study.verdicts == ()
+
+
 @pytest.mark.parametrize(("norms", "seeds"), [(2, 8), (6, 12)])
 def test_by_default_there_are_seeds_enough_to_tell(norms, seeds, monkeypatch):
     def planted(self, trial):

@@ -288,7 +288,7 @@ def compare(
     )
     with work as runner:
         runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
-        if len(judged) < question.least_seeds():
+        if question.family() and len(judged) < question.least_seeds():
             runner.note(question.too_few(len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
         tuning, lrs = tuned(variants, rates, tuning_seeds, runner, ahead)
