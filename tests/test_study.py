@@ -468,6 +468,8 @@ def started(folder, seeds=4):
         [sys.executable, "-m", "truenorm", *COMMAND, "--seeds", str(seeds), "--processes", "2",
          "--json"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
