@@ -13,6 +13,12 @@ settings.register_profile("truenorm", derandomize=True, deadline=None, max_examp
 settings.load_profile("truenorm")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws depends on no test before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

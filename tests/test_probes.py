@@ -23,6 +23,7 @@ from truenorm.probes.online import by_running_statistics, stream
 from truenorm.probes.shift import LENGTHS, landscape, shifts, watched
 from truenorm.probes.stepping import Stepper, built
 from truenorm.sources import Uncut
+from truenorm.train import threads
 from truenorm.trial import Bench, Trial
 
 SMALL = ModelSpec(widths=(8,))
@@ -30,6 +31,13 @@ TWO = ModelSpec(widths=(8, 7), dropout=0.3)
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.01, seed=5, device="cpu")
 SHAPES = {"mlp": (6,), "convnet": (1, 8, 8), "resnet": (1, 8, 8), "transformer": (1, 8, 8)}
 WIDTHS = {"mlp": (8, 7), "convnet": (4, 6), "resnet": (4, 6), "transformer": (8, 8)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As trials run: sums of floats depend on the number of threads that share them."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture
