@@ -129,7 +129,7 @@ def test_equivalence_is_two_one_sided_permutation_tests():
     assert paired.equivalence(d, 0.6) == pytest.approx(max(p.pvalue for p in ps))
 
 
-def test_the_interval_is_a_bootstrap_t_written_out():
+def test_the_bootstrap_t_interval_is_the_one_written_out():
     d = np.random.default_rng(4).gamma(3, size=12)
     rng, n, ends = np.random.default_rng(0), 12, []
     for x in (d, -d):
@@ -142,7 +142,19 @@ def test_the_interval_is_a_bootstrap_t_written_out():
         ends.append((x.mean() - low * error, x.mean() - high * error))
     (low, high), (back_low, back_high) = ends
     expected = ((low - back_high) / 2, (high - back_low) / 2)
-    assert paired.interval(d) == pytest.approx(expected, abs=0.05 * d.std())
+    assert paired.bootstrap_t(d) == pytest.approx(expected, abs=0.05 * d.std())
+
+
+@pytest.mark.parametrize("n", [8, 9, 12])
+def test_from_9_seeds_on_an_interval_is_the_wider_of_bootstrap_t_and_students_at_each_end(n):
+    wider = 0
+    for d in np.random.default_rng(n).gamma(1, size=(20, n)):
+        theirs = stats.ttest_1samp(d, 0).confidence_interval(0.95)
+        low, high = paired.bootstrap_t(d)
+        expected = (min(low, theirs.low), max(high, theirs.high)) if n >= 9 else (low, high)
+        assert paired.interval(d) == pytest.approx(expected)
+        wider += expected != (low, high)
+    assert wider > 15 if n >= 9 else wider == 0
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -446,11 +458,16 @@ def test_a_difference_at_the_margin_is_called_equivalent_in_at_most_five_percent
     assert 0.03 < rate <= 0.05 + 3 * standard_error(0.05, 2000)
 
 
-@pytest.mark.parametrize("n", [4, 5, 8, 16])
-@pytest.mark.parametrize("kind", ["normal", "skew 1"])
-def test_intervals_cover_95_percent(n, kind):
-    rng = np.random.default_rng(n)
-    d = rng.normal(size=(2000, n)) if kind == "normal" else rng.gamma(4, size=(2000, n)) - 4
+@pytest.mark.parametrize("n", [4, 5, 8, 16, 32])
+@pytest.mark.parametrize("kind", ["normal", "skewness 1", "skewness 2", "t3"])
+def test_intervals_cover_95_percent_give_or_take_2(n, kind):
+    u = np.random.default_rng(n).random((2000, n))
+    d = {
+        "normal": lambda: stats.norm.ppf(u),
+        "skewness 1": lambda: stats.gamma.ppf(u, 4) - 4,
+        "skewness 2": lambda: stats.expon.ppf(u) - 1,
+        "t3": lambda: stats.t.ppf(u, 3),
+    }[kind]()
     low, high = paired.interval(d)
     assert 0.93 <= ((low <= 0) & (high >= 0)).mean() <= 0.97
 
