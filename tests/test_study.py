@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -415,16 +416,31 @@ def test_a_cluster_that_was_there_before_stays(monkeypatch):
     assert ray.killed == 2
 
 
-def test_a_ray_address_that_leads_nowhere_is_named(monkeypatch):
+def test_a_ray_address_that_ray_refuses_is_named(monkeypatch):
     def refuse(**_):
         raise ConnectionError("could not find\nany running instance")
 
     ray = StandIn()
     ray.init = refuse
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(InputError, match=r"find any running.*RAY_ADDRESS is '10\.0\.0\.1:6379'"):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(InputError, match=r"find any running.*RAY_ADDRESS is 'auto'"):
         small(engine="ray")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{}", "ray://localhost:{}", "[::1]:{}", "a..b:{}0000"]
+)
+def test_a_ray_address_where_nobody_answers_is_named_at_once(monkeypatch, address):
+    with socket.socket() as held:  # bound and not listening, so that nobody else takes it
+        held.bind(("127.0.0.1", 0))
+        address = address.format(held.getsockname()[1])
+        ray = StandIn()
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(InputError, match=r"no cluster \(.+\); RAY_ADDRESS is .*: start that"):
+            small(engine="ray")
+        assert not ray.up
 
 
 def test_without_ray_its_engine_says_what_to_install(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from truenorm.errors import InputError
 from truenorm.sources import Uncut
 from truenorm.trial import ATTEMPTS, Bench, Row, Trial, failed
 
+ANSWER = 10.0  # seconds that the head of a cluster may take to answer
+
 
 def _ray() -> ModuleType:
     try:
@@ -23,6 +26,13 @@ def _ray() -> ModuleType:
             "engine 'ray' needs the package ray: pip install 'truenorm[cluster]'."
         ) from error
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raise what a socket raises if nobody answers there; ray would try again for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
 
 
 @dataclass(eq=False)
@@ -62,12 +72,14 @@ class RayPool:
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = logging.ERROR  # how ray starts is no part of what a study tells
+        address = os.environ.get("RAY_ADDRESS", "")
         try:
+            _reach(address)
             self.ray.init(log_to_driver=False, include_dashboard=False, logging_level=quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:  # ray's, and those of sockets
             raise InputError(
                 f"engine 'ray' found no cluster ({' '.join(str(error).split())}); RAY_ADDRESS is "
-                f"{os.environ.get('RAY_ADDRESS')!r}: start that one, or unset it."
+                f"{address!r}: start that one, or unset it."
             ) from error
 
     def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Row]]:
