@@ -673,7 +673,19 @@ def test_swapping_flips_a_sequential_verdict_too():
     assert there.n == back.n
 
 
-@pytest.mark.parametrize("given", [[math.nan] * 8, [1.0] * 8], ids=["all failed", "no difference"])
-def test_a_sequential_study_of_nothing_cannot_tell(given):
-    found = monitor({"a": given, "b": [1.0] * 8}, (4, 8), 8).pairs[0]
+def test_a_sequential_study_of_runs_that_all_failed_cannot_tell():
+    found = monitor({"a": [math.nan] * 8, "b": [1.0] * 8}, (4, 8), 8).pairs[0]
     assert (found.decision, found.stopped, found.hopeless) == ("cannot tell", True, False)
+
+
+def test_a_pair_that_never_differs_is_given_up_at_half_of_the_seeds():
+    found = monitor({"a": [1.0] * 8, "b": [1.0] * 8}, (2, 4, 6), 8).pairs[0]
+    assert (found.decision, found.hopeless, found.n) == ("cannot tell", True, 4)
+    assert found.conditional_power == 0
+
+
+@pytest.mark.parametrize(("gain", "margin"), [(0.5, None), (0.0, 0.25), (0.5, 0.25)])
+def test_a_pair_that_always_differs_alike_is_not_given_up(gain, margin):
+    scores = {"a": [1.0 + gain] * 2, "b": [1.0] * 2}
+    found = monitor(scores, (2,), 4, margin=margin).pairs[0]
+    assert (found.stopped, found.conditional_power) == (False, 1)

@@ -662,8 +662,8 @@ def _conditional(
     mean, sd = float(d.mean()), float(d.std(ddof=1))
     final = len(d) / (1 - left)  # runs that both will have
     error, spread = sd / math.sqrt(final), sd * math.sqrt(left / final)
-    if not spread:
-        return None
+    if not spread:  # every seed says the same
+        return float(mean != 0 or margin is not None)
 
     def beyond(bound: float) -> float:
         """Chance that the last mean is farther from zero than the bound."""
