@@ -40,6 +40,18 @@ def model():
     patients.norms(model)[0].running_var.div_(60)
     return model, patients.batches("mlp")
 
+def biased(model):  # a note for each norm
+    for layer in [m for m in model if isinstance(m, nn.Linear) and m.bias is None]:
+        layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    return model
+
+def ill_and_noted():
+    ill, data = model()
+    return biased(ill), data
+
+def only_noted():
+    return biased(patients.trained("mlp")), patients.batches("mlp", 40)
+
 def bare():
     return patients.trained("mlp")
 
@@ -385,23 +397,25 @@ def test_a_checkpoint_takes_no_data_and_no_fix(state, tmp_path, capsys):
 
 def test_a_baseline_forgives_what_was_known_and_nothing_else(factory, capsys):
     known = factory / "known.json"
-    said(capsys, "doctor", "ill:model", "--format", "json", "-o", known)
-    code, _, err = said(capsys, "doctor", "ill:model", "--baseline", known)
+    said(capsys, "doctor", "ill:ill_and_noted", "--format", "json", "-o", known)
+    code, _, err = said(capsys, "doctor", "ill:ill_and_noted", "--baseline", known)
     assert code == 0
     assert "knows 3 of 3 findings" in err
     other = json.loads(known.read_text())
     other["findings"][0]["layer"] = "another"
     known.write_text(json.dumps(other))
-    assert said(capsys, "doctor", "ill:model", "--baseline", known)[0] == 1
+    assert said(capsys, "doctor", "ill:ill_and_noted", "--baseline", known)[0] == 1
     for broken in ("[]", "{", '{"findings": [1]}', ""):
         known.write_text(broken)
-        assert "is no diagnosis" in refused(capsys, "doctor", "ill:model", "--baseline", known)
+        assert "is no diagnosis" in refused(
+            capsys, "doctor", "ill:ill_and_noted", "--baseline", known
+        )
 
 
 def test_fail_on_moves_the_line_between_0_and_1(factory, capsys):
-    assert said(capsys, "doctor", "ill:loader", "--fail-on", "note")[0] == 1
-    assert said(capsys, "doctor", "ill:loader", "--fail-on", "warning")[0] == 0
-    assert said(capsys, "doctor", "ill:model", "--fail-on", "error")[0] == 1
+    assert said(capsys, "doctor", "ill:only_noted", "--fail-on", "note")[0] == 1
+    assert said(capsys, "doctor", "ill:only_noted", "--fail-on", "warning")[0] == 0
+    assert said(capsys, "doctor", "ill:ill_and_noted", "--fail-on", "error")[0] == 1
 
 
 @pytest.mark.parametrize("out", ["mended.safetensors", "new/folder/mended.pt"])
@@ -434,10 +448,10 @@ def test_what_no_remedy_reaches_still_exits_with_1(factory, capsys):
 
 @pytest.mark.parametrize("format", ["json", "sarif", "html"])
 def test_a_format_may_be_named_or_follow_from_the_file(format, factory, capsys):
-    code, printed, err = said(capsys, "doctor", "ill:model", "--format", format)
+    code, printed, err = said(capsys, "doctor", "ill:ill_and_noted", "--format", format)
     assert code == 1
     assert err == ""
-    code, out, err = said(capsys, "doctor", "ill:model", "-o", f"d.{format}")
+    code, out, err = said(capsys, "doctor", "ill:ill_and_noted", "-o", f"d.{format}")
     assert code == 1
     assert out == ""
     assert "not healthy: 1 error, 2 notes" in err

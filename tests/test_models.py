@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from truenorm import InputError, ModelSpec, build
+from truenorm import InputError, ModelSpec, build, examine
 from truenorm.models import norm_of, patch_of
 from truenorm.norms import NORMS, RMSNorm, groups_of
 
@@ -58,7 +58,20 @@ def test_the_classic_network_is_what_it_says():
     model = build(ModelSpec(), (1, 28, 28), 10, seed=0)
     kinds = [type(m) for m in model]
     assert kinds == [nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    assert sum(p.numel() for p in model.parameters()) == 784 * 128 + 128 + 2 * 128 + 1290
+    assert sum(p.numel() for p in model.parameters()) == 784 * 128 + 2 * 128 + 1290
+
+
+@pytest.mark.parametrize(
+    "norm", ["none", "batch", "layer", "group", "instance", "rms", "renorm", "ghost"]
+)
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_hidden_layer_has_a_bias_unless_its_norm_would_subtract_it(norm, position):
+    model = build(ModelSpec(norm=norm, norm_position=position), (3,), 2, seed=0)
+    subtracted = position == "before" and norm in ("batch", "renorm", "ghost")
+    assert (model[0].bias is None) == subtracted
+    assert model[-1].bias is not None
+    data = [torch.randn(64, 3) for _ in range(8)]
+    assert not examine(model, data).of("TN401")
 
 
 def test_the_norm_may_stand_after_the_activation():

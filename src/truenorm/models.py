@@ -131,6 +131,7 @@ class _VectorInstanceNorm(nn.InstanceNorm1d):
         return super().forward(input.unsqueeze(1)).squeeze(1)
 
 
+_OF_BATCH = ("batch", "renorm", "ghost")  # each unit has a mean of its own subtracted
 _OURS: tuple[type[BatchNorm], ...] = (BatchNorm1d, BatchNorm1d, BatchNorm2d)
 
 
@@ -189,7 +190,12 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
         before = math.prod(input_shape)
         for width in widths:
-            layers += [nn.Linear(before, width), *_activated(spec, width, 0)]
+            linear = nn.Linear(before, width)
+            if spec.norm in _OF_BATCH and spec.norm_position == "before":
+                # The norm subtracts it again. Drawn it was, so that the weights that are drawn
+                # after it do not depend on the norm.
+                linear.register_parameter("bias", None)
+            layers += [linear, *_activated(spec, width, 0)]
             if spec.dropout:
                 layers.append(nn.Dropout(spec.dropout))
             before = width
