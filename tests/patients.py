@@ -304,7 +304,7 @@ PATIENTS: dict[str, list[Callable[[str], Patient]]] = {
         _with(lambda: [Shared(nn.Conv1d(3, 8, 3), tn.BatchNorm1d(8))], (8, 3, 9)),
     ],
     "TN401": [
-        _in("mlp", lambda m: None, data=True),
+        _with(lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)], (16, 5)),
         _with(lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()], (8, 3, 7, 7)),
         _with(lambda: [nn.ConvTranspose1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU()], (8, 3, 7)),
     ],

@@ -66,7 +66,7 @@ class Mlp:
 
     def forward(self, x, training):
         p = self.p
-        h = x @ p["w1"].T + p["b1"]
+        h = x @ p["w1"].T
         if training:
             mean, var, n = h.mean(0), h.var(0), len(h)
             p["mean"] = (1 - self.momentum) * p["mean"] + self.momentum * mean
@@ -92,7 +92,7 @@ class Mlp:
         d = d * self.p["gamma"]
         # Ioffe and Szegedy 2015, section 3: the statistics depend on the batch, too.
         d = scale * (d - d.mean(0) - normed * (d * normed).mean(0))
-        return grads | {"w1": d.T @ x, "b1": d.sum(0)}
+        return grads | {"w1": d.T @ x}
 
     def train(self, batches, rule, lr):
         """One update for each (x, labels) of ``batches``; the losses."""

@@ -224,7 +224,7 @@ def test_a_layers_inputs_are_measured_as_it_gets_them_in_training():
     x = batch_of().x
     before = copy.deepcopy(model.state_dict())
     (spread,) = inputs_of(model, layers_of(model, x), x)
-    h = x @ model[0].weight.T + model[0].bias
+    h = x @ model[0].weight.T
     normed = (h - h.mean(0)) / torch.sqrt(h.var(0, correction=0) + 1e-5)
     given = normed.clamp(min=0).detach().numpy()
     np.testing.assert_allclose(spread.mean, given.mean(0), rtol=1e-10)
@@ -316,7 +316,7 @@ def test_noise_moves_the_inputs_of_layers_far_more_than_training_does(parts, nor
 def wide_logits(model, splits, part, training=False):
     linear, norm, _, last = model
     held = {
-        "w1": linear.weight, "b1": linear.bias, "w2": last.weight, "b2": last.bias,
+        "w1": linear.weight, "w2": last.weight, "b2": last.bias,
         "gamma": norm.weight, "beta": norm.bias,
         "mean": norm.running_mean, "var": norm.running_var,
     }  # fmt: skip
