@@ -199,7 +199,7 @@ class Lab:
         self.runner.expect(len(trials))
         rows = self.runner.rows(trials)
         self.rows += rows
-        best = best_rates([a.label for a in arms], rates, rows)
+        best = best_rates([a.label for a in arms], rows)
         return [
             dataclasses.replace(a, config=dataclasses.replace(a.config, lr=best[a.label]))
             for a in arms

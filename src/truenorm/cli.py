@@ -148,6 +148,8 @@ def compare(
     against: Literal["first", "all"] = "first",
     lr: str = "recipe",
     grid: str = "0.001,0.003,0.01,0.03,0.1",
+    tuner: Literal["grid", "optuna"] = "grid",
+    trials: int | None = None,
     tuning_seeds: int = 2,
     metric: str = "test_accuracy",
     margin: float | None = None,
@@ -199,6 +201,10 @@ def compare(
         recipe; tune, on validation data, with as many trials for each variant; or a number.
     grid
         The learning rates that tune tries.
+    tuner
+        grid, or optuna, which tries rates between the grid's ends and needs the extra tune.
+    trials
+        How many rates optuna tries for each variant; by default as many as the grid has.
     tuning_seeds
         Seeds for each of them; they are not judged.
     metric
@@ -251,6 +257,8 @@ def compare(
             changes=changes,
             target=target,
             grid=_numbers("grid", grid),
+            tuner=tuner,
+            trials=trials,
             tuning_seeds=tuning_seeds,
             goal=goal,
             processes=processes,

@@ -29,7 +29,7 @@ from truenorm.run import environment
 from truenorm.runner import Observer, Runner, runner_of
 from truenorm.train import device_of
 from truenorm.trial import Row
-from truenorm.tuning import tuned, tuning_loss
+from truenorm.tuning import trials_of, tuned, tuning_loss
 from truenorm.verdicts import AGAINST, ALPHA, Against, Pair, family_of, judge, watch
 
 METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
@@ -212,6 +212,8 @@ def compare(
     changes: dict[str, Any] | None = None,
     target: str | None = None,
     grid: Sequence[float] = GRID,
+    tuner: str = "grid",
+    trials: int | None = None,
     tuning_seeds: int = 2,
     goal: float | None = None,
     processes: int | None = None,
@@ -243,6 +245,8 @@ def compare(
         lr: "recipe"; a number for all variants; or "tune": for each variant the rate of
             ``grid`` with the least mean validation loss over ``tuning_seeds`` seeds of their
             own. A rate with which any of them diverges or fails is out.
+        tuner: "grid", or "optuna" (extra ``tune``), which tries rates between the grid's ends.
+        trials: how many rates optuna tries for each variant; by default as many as the grid has.
         metric: one of test_accuracy, test_loss, valid_accuracy, valid_loss.
         margin: differences of the metric within +- margin count as none.
         changes: fields of ModelSpec and TrainConfig; a list or tuple is one variant for each
@@ -266,6 +270,7 @@ def compare(
         raise InputError(f"margin must be above 0, got {margin!r}.")
     choose("against", against, AGAINST)
     rates, judged = rates_of(lr, grid, tuning_seeds), None if seeds is None else seeds_of(seeds)
+    tries = trials_of(tuner, trials, rates)
     looks = None if until is None else looks_of(until, seeds, max_seeds)
     uncut, splits = _data(data, target, judged[0] if judged else 0)
     if metric.startswith("test") and splits.test is None:
@@ -287,11 +292,13 @@ def compare(
         uncut, len(splits.train), store, processes, engine=engine, retry=retry, observe=observe
     )
     with work as runner:
-        runner.expect(len(variants) * (tuning_seeds * len(rates) + len(judged)))
+        runner.expect(len(variants) * (tuning_seeds * tries + len(judged)))
         if question.family() and len(judged) < question.least_seeds():
             runner.note(question.too_few(len(judged)))
         ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
-        tuning, lrs = tuned(variants, rates, tuning_seeds, runner, ahead)
+        tuning, lrs = tuned(
+            variants, rates, tuning_seeds, runner.rows, ahead, tuner=tuner, trials=tries
+        )
         if isinstance(lr, float | int):
             lrs = {v.label: float(lr) for v in variants}
         if looks is None:
@@ -308,6 +315,8 @@ def compare(
         "seeds": sorted({row.seed for row in rows}),
         "recipe": recipe,
     }
+    if rates:
+        about |= {"tuner": tuner, "trials": tries, "tuning_seeds": tuning_seeds}
     if looks is not None:
         about |= {"until": until, "max_seeds": max_seeds, "looks": looks}
     return question.answer(

@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
 
+from truenorm.errors import InputError, choose
 from truenorm.plan import TUNING_SEEDS_FROM, Variant
-from truenorm.runner import Runner
 from truenorm.trial import Row, Trial
+
+TUNERS = ("grid", "optuna")
+# Trials that optuna is asked for at a time, of each variant. It is a constant, and not the number
+# of processes, on which rows must not depend; the first round is drawn at random.
+ROUND = 5
+
+Run = Callable[[Sequence[Trial], Sequence[Trial]], list[Row]]  # of trials, and those to follow
+
+
+def trials_of(tuner: str, trials: int | None, rates: Sequence[float]) -> int:
+    """How many learning rates each variant is tried with; by default as many as the grid has.
+
+    Raises:
+        InputError: an unknown tuner, or one that cannot work on this.
+    """
+    choose("tuner", tuner, TUNERS)
+    if tuner == "grid":
+        if trials is not None:
+            raise InputError("trials are the tuner optuna's; the tuner grid tries all of grid.")
+        return len(rates)
+    if len(rates) < 2:
+        raise InputError(
+            "tuner 'optuna' needs lr 'tune', and a grid of two rates or more: it searches between "
+            "the least and the largest."
+        )
+    if trials is not None and trials < 1:
+        raise InputError(f"trials must be at least 1, got {trials!r}.")
+    _optuna()
+    return len(rates) if trials is None else trials
 
 
 def tuned(
     variants: Sequence[Variant],
     rates: Sequence[float],
     seeds: int,
-    runner: Runner,
+    run: Run,
     ahead: Sequence[Trial],
+    *,
+    tuner: str = "grid",
+    trials: int = 0,
 ) -> tuple[list[Row], dict[str, float]]:
-    """Rows of the tuning runs, and each variant's learning rate: the recipe's without any."""
-    own = {v.label: v.config.lr for v in variants}
+    """Rows of the tuning runs, and each variant's learning rate: the recipe's without any.
+
+    Args:
+        variants: each has the same number of runs.
+        rates: those of the grid, rising; optuna searches between the first and the last.
+        seeds: how many runs each learning rate has.
+        run: gets the rows of trials.
+        ahead: the study's trials after these.
+        tuner: "grid" or "optuna".
+        trials: how many learning rates optuna tries for each variant.
+    """
     if not rates:
-        return [], own
-    tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
-    trials = [v.trial(s, rate, "tuning") for v in variants for rate in rates for s in tried]
-    rows = runner.rows(trials, ahead)
+        return [], {v.label: v.config.lr for v in variants}
+    if tuner == "grid":
+        rows = run(_tries(dict.fromkeys(variants, rates), seeds), ahead)
+    else:
+        rows = _searched(variants, (rates[0], rates[-1]), seeds, run, ahead=ahead, trials=trials)
+    return rows, best_rates([v.label for v in variants], rows)
 
-    return rows, best_rates(own, rates, rows)
 
-
-def best_rates(
-    labels: Iterable[str], rates: Sequence[float], rows: Sequence[Row]
-) -> dict[str, float]:
-    """Of each variant the rate of least :func:`tuning_loss`; of equals the first."""
-
-    def loss(label: str, rate: float) -> float:
-        return tuning_loss([row for row in rows if (row.variant, row.lr) == (label, rate)])
-
-    return {label: min(rates, key=functools.partial(loss, label)) for label in labels}
+def best_rates(labels: Iterable[str], rows: Sequence[Row]) -> dict[str, float]:
+    """Of each variant the rate of least :func:`tuning_loss`; of equals the least."""
+    best = {}
+    for label in labels:
+        own = [row for row in rows if row.variant == label]
+        rates = sorted({row.lr for row in own})
+        best[label] = min(rates, key=functools.partial(_loss, own))
+    return best
 
 
 def tuning_loss(rows: Sequence[Row]) -> float:
@@ -46,3 +89,76 @@ def tuning_loss(rows: Sequence[Row]) -> float:
         math.inf if row.diverged or row.valid_loss is None else row.valid_loss for row in rows
     ]
     return sum(losses) / len(losses)
+
+
+def _tries(rates: Mapping[Variant, Sequence[float]], seeds: int) -> list[Trial]:
+    """The runs of each variant with each of its rates, on seeds that are not judged."""
+    tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
+    return [v.trial(s, rate, "tuning") for v, own in rates.items() for rate in own for s in tried]
+
+
+def _loss(rows: Sequence[Row], rate: float) -> float:
+    return tuning_loss([row for row in rows if row.lr == rate])
+
+
+# Optuna --------------------------------------------------------------------------------------
+
+
+def _optuna() -> ModuleType:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            "tuner 'optuna' needs the package optuna: pip install 'truenorm[tune]'."
+        ) from error
+    return optuna
+
+
+def _searched(
+    variants: Sequence[Variant],
+    ends: tuple[float, float],
+    seeds: int,
+    run: Run,
+    *,
+    ahead: Sequence[Trial],
+    trials: int,
+) -> list[Row]:
+    """Rows of a search for each variant by the tree-structured Parzen estimator (Bergstra et al.).
+
+    All searches have one seed, so that their first rounds try the same rates. Rounds are of a
+    fixed size and told in the order in which they were asked: the rates depend neither on the
+    order in which runs end nor on where they run, and a second time all are in the store.
+    """
+    rows: list[Row] = []
+    with _silent(_optuna()) as optuna:
+        searches = {v: _search(optuna) for v in variants}
+        for begun in range(0, trials, ROUND):
+            size = min(ROUND, trials - begun)
+            asked = {v: [search.ask() for _ in range(size)] for v, search in searches.items()}
+            rates = {
+                v: [t.suggest_float("lr", *ends, log=True) for t in a] for v, a in asked.items()
+            }
+            later = [v.trial(0, v.config.lr) for v in variants] * ((trials - begun - size) * seeds)
+            found = run(_tries(rates, seeds), [*later, *ahead])
+            for v, search in searches.items():
+                own = [row for row in found if row.variant == v.label]
+                for trial, rate in zip(asked[v], rates[v], strict=True):
+                    search.tell(trial, _loss(own, rate))
+            rows += found
+    return sorted(rows, key=lambda row: [v.label for v in variants].index(row.variant))
+
+
+def _search(optuna: ModuleType) -> Any:
+    sampler = optuna.samplers.TPESampler(n_startup_trials=ROUND, seed=0)
+    return optuna.create_study(sampler=sampler, direction="minimize")
+
+
+@contextlib.contextmanager
+def _silent(optuna: ModuleType) -> Iterator[ModuleType]:
+    """Optuna logs every study that it creates; the caller's setting returns afterwards."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield optuna
+    finally:
+        optuna.logging.set_verbosity(before)
