@@ -1,6 +1,6 @@
 """What the doctor finds of planted faults, and what it says of healthy models: recall.md.
 
-The architectures are split in two. On the first half each threshold of checks.py is multiplied by
+The architectures are split in two. On the first half each threshold of the checks is multiplied by
 1/4, 1/2, 1, 2 and 4; the second half is examined with the thresholds as they are, alone. One core.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ import test_zoo
 import truenorm
 import zoo
 from truenorm.borrowing import borrowed
-from truenorm.doctor import checks
-from truenorm.doctor.checks import Check
+from truenorm.doctor.check import Check
+from truenorm.doctor.checks import batches, statistics, structure
 from truenorm.doctor.diagnosis import _made
 from truenorm.doctor.facts import Facts, gather, observe
 from truenorm.doctor.register import CHECKS
@@ -42,7 +43,7 @@ from truenorm.doctor.register import CHECKS
 PAGE = ROOT / "docs" / "doctor" / "recall.md"
 COMMAND = "make recall"
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Every threshold of checks.py, and the codes that it serves.
+# Every threshold of the checks, and the codes that it serves.
 THRESHOLDS: dict[str, tuple[str, ...]] = {
     "STALE_SHARE": ("TN104",),
     "UNMOVED_SHARE": ("TN104",),
@@ -139,15 +140,21 @@ def healthy() -> Iterator[Examined]:
             yield examined(case, None, data=True)
 
 
+def _home(name: str) -> ModuleType:
+    (home,) = [m for m in (statistics, batches, structure) if name in vars(m)]
+    return home
+
+
 @contextlib.contextmanager
 def multiplied(name: str, factor: float) -> Iterator[None]:
-    """One threshold of checks.py times ``factor``."""
-    before = getattr(checks, name)
-    setattr(checks, name, type(before)(before * factor))
+    """One threshold of the checks times ``factor``."""
+    home = _home(name)
+    before = getattr(home, name)
+    setattr(home, name, type(before)(before * factor))
     try:
         yield
     finally:
-        setattr(checks, name, before)
+        setattr(home, name, before)
 
 
 def measured(check: Check, sick: list[Examined], well: list[Examined]) -> tuple[int, int, int]:
@@ -184,7 +191,7 @@ def table_of_thresholds(sick: list[Examined], well: list[Examined]) -> str:
                 with multiplied(name, factor):
                     number, found, alarms = measured(check, sick, well)
                 cells.append(f"{found}, {alarms}")
-            value = f"{name} = {getattr(checks, name):g}"
+            value = f"{name} = {getattr(_home(name), name):g}"
             lines.append(f"| {value} | {check.code} | {number} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

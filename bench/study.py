@@ -104,7 +104,8 @@ def _text(rounds: list[dict[str, Row]], seeds: int) -> str:
     names = {"classic script": "classic", "tuned torch": "torch", "truenorm compare": "study"}
     lines = [
         f"{seeds} runs of 784-128-BatchNorm-ReLU-10 on MNIST (Adam 1e-3, batch 64, patience 3, "
-        f"at most 20 epochs) with {seeds} seeds; {len(rounds)} rounds in turn, medians (ranges). "
+        f"at most 20 epochs) with {seeds} seeds; "
+        f"{len(rounds)} round{'s' * (len(rounds) > 1)} in turn, medians (ranges). "
         "The classic script was run three times a round, before, between and after the two "
         f"others, and the mean of its times multiplied by {seeds}.",
         "",

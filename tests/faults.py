@@ -22,7 +22,7 @@ import truenorm as tn
 import zoo
 from test_zoo import EXPECTED
 from truenorm import calling
-from truenorm.doctor.checks import Severity
+from truenorm.doctor.check import Severity
 from truenorm.doctor.diagnosis import Diagnosis
 
 BATCHES = 4

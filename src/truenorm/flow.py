@@ -30,6 +30,8 @@ _READS = {
 _LIKE = {"reshape_as", "view_as", "expand_as", "type_as", "to"}
 _LIKE_ONE = {"zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like"}
 _LIKE_ONE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+# These pass on the same values in the same order, in another shape at most.
+SHAPING = {"view", "reshape", "flatten", "contiguous", "squeeze", "unsqueeze", "to", "clone"}
 
 
 @dataclass

@@ -192,8 +192,8 @@ class MLP(nn.Sequential):
         for width in widths:
             linear = nn.Linear(before, width)
             if spec.norm in _OF_BATCH and spec.norm_position == "before":
-                # The norm subtracts it again. Drawn it was, so that the weights that are drawn
-                # after it do not depend on the norm.
+                # The norm would subtract it again. It is dropped only after it was drawn, so that
+                # the weights that are drawn next do not depend on the norm.
                 linear.register_parameter("bias", None)
             layers += [linear, *_activated(spec, width, 0)]
             if spec.dropout:

@@ -15,7 +15,7 @@ from torch import nn
 from truenorm.borrowing import borrowed, eager, to_eval
 from truenorm.calling import Arguments, Loss
 from truenorm.doctor import codes
-from truenorm.doctor.checks import Check, Found, NotApplicable, Severity
+from truenorm.doctor.check import Check, Found, NotApplicable, Severity
 from truenorm.doctor.facts import Facts, gather, observe
 from truenorm.doctor.register import CHECKS
 from truenorm.errors import InputError, choose

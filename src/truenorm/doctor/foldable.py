@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.nn.utils import parametrize
 
-from truenorm.doctor.checks import Found, NotApplicable
+from truenorm.doctor.check import Found, NotApplicable
 from truenorm.doctor.facts import Facts
 from truenorm.errors import InputError
 from truenorm.flow import Call

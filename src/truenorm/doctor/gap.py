@@ -17,7 +17,7 @@ from torch import Tensor
 
 from truenorm import recalibration
 from truenorm.calling import Call, Prepared, examples_of, part_of, tensors_in
-from truenorm.doctor.checks import Found, NotApplicable, Severity
+from truenorm.doctor.check import Found, NotApplicable, Severity
 from truenorm.doctor.facts import Facts, NormFacts, Outcome
 
 # A fifth of the loss, and never less than 0.05 nats: below it accuracy hardly moves.

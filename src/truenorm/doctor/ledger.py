@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from truenorm.calling import examples_of, tensors_in
 from truenorm.doctor import verdicts
-from truenorm.doctor.checks import Found
+from truenorm.doctor.check import Found
 from truenorm.doctor.diagnosis import Diagnosis, examined
 from truenorm.doctor.facts import Facts
 from truenorm.doctor.writes import (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from truenorm.calling import answers_of, examples_of, part_of, tensors_in
-from truenorm.doctor.checks import Found, NotApplicable
+from truenorm.doctor.check import Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.flow import Node
 from truenorm.functional import moments, wide

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import nn
 
-from truenorm.doctor import checks, gap, mates
-from truenorm.doctor.checks import Check, Found, NotApplicable
+from truenorm.doctor import gap, mates
+from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.checks import batches, modes, statistics, structure
 from truenorm.doctor.facts import Facts, values_per_channel
 from truenorm.doctor.foldable import not_foldable
 from truenorm.layers import BatchNorm
@@ -33,7 +34,7 @@ def unsynchronized(facts: Facts) -> Iterator[Found]:
         if counts and max(counts) >= SMALL_PER_RANK:
             continue
         trains = (facts.trains or facts.optimizer is not None) and facts.moves(norm)
-        severity: checks.Severity = "warning" if counts and trains else "note"
+        severity: Severity = "warning" if counts and trains else "note"
         parts, one = (devices, "device") if devices > 1 else (ranks, "rank")
         evidence = {f"{one}s": parts, f"values per channel on a {one}": max(counts, default=None)}
         cause = f"each {one} normalizes its own small share of the batch"
@@ -71,14 +72,14 @@ CHECKS: tuple[Check, ...] = (
         "TN101",
         "Statistics never updated",
         "model",
-        checks.never_updated,
+        statistics.never_updated,
         "Train in train mode, or run truenorm.recalibrate(model, data).",
     ),
     Check(
         "TN102",
         "Statistics that are not finite",
         "model",
-        checks.not_finite,
+        statistics.not_finite,
         "Load an older checkpoint, or recalibrate; truenorm.BatchNorm leaves such batches out.",
     ),
     Check(
@@ -93,42 +94,42 @@ CHECKS: tuple[Check, ...] = (
         "TN104",
         "Averaging window does not fit",
         "model",
-        checks.window,
+        statistics.window,
         "Set momentum as the weight of the NEW value (Keras's 0.99 is 0.01 here), or recalibrate.",
     ),
     Check(
         "TN105",
         "Statistics in half precision",
         "model",
-        checks.half_precision,
+        statistics.half_precision,
         "Keep them in float32: truenorm.convert(model, to='truenorm') does it.",
     ),
     Check(
         "TN106",
         "Collapsed or exploded channels",
         "model",
-        checks.collapsed,
+        statistics.collapsed,
         "Look at the layer before: dead units, too high a rate, weight decay on gamma.",
     ),
     Check(
         "TN107",
         "Copies with different statistics",
         "model",
-        checks.copies_differ,
+        statistics.copies_differ,
         "Copy buffers as well as parameters.",
     ),
     Check(
         "TN201",
         "Layer in the wrong mode",
         "model",
-        checks.wrong_mode,
+        modes.wrong_mode,
         "Switch the mode of the whole model at once; freeze with truenorm's frozen=True.",
     ),
     Check(
         "TN202",
         "Frozen but not frozen",
         "model",
-        checks.half_frozen,
+        modes.half_frozen,
         "truenorm.convert(model, to='frozen', where=...) holds statistics and survives train().",
     ),
     Check(
@@ -149,14 +150,14 @@ CHECKS: tuple[Check, ...] = (
         "TN205",
         "Batch statistics at inference",
         "model",
-        checks.batch_statistics_at_inference,
+        modes.batch_statistics_at_inference,
         "Use track_running_stats=True and recalibrate, or a norm that needs no batch.",
     ),
     Check(
         "TN301",
         "Too few values per channel",
         "data",
-        checks.few_values,
+        batches.few_values,
         "Larger batches, sync=True over ranks, renorm, or group norm.",
         evaluates=False,
     ),
@@ -164,7 +165,7 @@ CHECKS: tuple[Check, ...] = (
         "TN302",
         "A last batch of one or very few",
         "data",
-        checks.last_batch,
+        batches.last_batch,
         "drop_last=True, or min_count=2 in truenorm.BatchNorm.",
     ),
     Check(
@@ -186,56 +187,56 @@ CHECKS: tuple[Check, ...] = (
         "TN305",
         "Several distributions through one norm",
         "data",
-        checks.several_distributions,
+        batches.several_distributions,
         "Shuffle the data, mix the sources in each batch, or give each source a norm.",
     ),
     Check(
         "TN306",
         "One norm called several times",
         "data",
-        checks.called_again,
+        batches.called_again,
         "truenorm.convert(model, to='per-call', example=...) gives each call a norm of its own.",
     ),
     Check(
         "TN401",
         "Bias before batch norm",
         "data",
-        checks.dead_bias,
+        structure.dead_bias,
         "bias=False in the layer before; harmless but for memory and Adam's noise.",
     ),
     Check(
         "TN402",
         "Weight decay on gamma and beta",
         "optimizer",
-        checks.decayed,
+        structure.decayed,
         "Put norms' parameters in a group with weight_decay=0.",
     ),
     Check(
         "TN403",
         "Dropout before batch norm",
         "data",
-        checks.dropout_before,
+        structure.dropout_before,
         "Move the dropout behind the last batch norm.",
     ),
     Check(
         "TN404",
         "Channels in the wrong axis",
         "data",
-        checks.wrong_axis,
+        structure.wrong_axis,
         "Transpose to (N, C, L) before the norm and back after it.",
     ),
     Check(
         "TN405",
         "Normalization erases its input",
         "data",
-        checks.erased,
+        structure.erased,
         "Fewer groups, or another norm for inputs without positions.",
     ),
     Check(
         "TN406",
         "Norm after norm, or last",
         "data",
-        checks.misplaced,
+        structure.misplaced,
         "Remove one of the two; end with a linear layer.",
     ),
     Check(
@@ -249,7 +250,7 @@ CHECKS: tuple[Check, ...] = (
         "TN502",
         "A subclass loses its behaviour",
         "model",
-        checks.lost_behaviour,
+        structure.lost_behaviour,
         "Convert with truenorm.convert, which leaves such layers whole and names them.",
     ),
     Check(

@@ -18,7 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from truenorm.doctor.checks import Severity
+from truenorm.doctor.check import Severity
 from truenorm.doctor.codes import Code, codes, page
 from truenorm.doctor.diagnosis import SEVERITIES, Diagnosis, Finding
 

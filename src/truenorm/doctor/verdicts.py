@@ -11,13 +11,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from truenorm.doctor.checks import (
+from truenorm.doctor.check import Found, NotApplicable, Severity
+from truenorm.doctor.checks.batches import (
     CALLS_RATIO,
     CALLS_SHIFT,
     FEW_VALUES,
-    Found,
-    NotApplicable,
-    Severity,
     calls_differ,
     synced,
 )

@@ -1,0 +1,70 @@
+"""What a check is, what it finds, and what it asks of the facts first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.flow import Flow
+
+Severity = Literal["error", "warning", "note"]
+Needs = Literal["model", "data", "optimizer", "ledger", "ranks"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check saw: the layer (None for the model), numbers, and what they mean."""
+
+    layer: str | None
+    severity: Severity
+    cause: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    fix: Callable[[], Any] | None = None
+    advice: str | None = None  # where the check's own does not serve
+
+
+class NotApplicable(Exception):
+    """The check has nothing to look at in this model; the text says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One fault that a model may have.
+
+    Attributes:
+        code: stable; documentation, baselines and tests use it.
+        title: the fault in a few words.
+        needs: what must be given to look for it.
+        look: what was found, in the facts.
+        advice: the remedy.
+    """
+
+    code: str
+    title: str
+    needs: Needs
+    look: Callable[[Facts], Iterator[Found]]
+    advice: str
+    evaluates: bool = False  # whether the model must be in eval mode; else it is as given
+
+
+def tracking(facts: Facts) -> list[NormFacts]:
+    """The batch norms with running statistics; without one the check does not apply."""
+    norms = [norm for norm in facts.batch_norms if norm.tracked is not None]
+    if not norms:
+        raise NotApplicable("no batch norm with running statistics")
+    return norms
+
+
+def batch_norms(facts: Facts) -> list[NormFacts]:
+    """All batch norms; without one the check does not apply."""
+    if not facts.batch_norms:
+        raise NotApplicable("no batch norm")
+    return facts.batch_norms
+
+
+def flow_of(facts: Facts) -> Flow:
+    """How tensors flow, of a check that is asked only where data were given."""
+    assert facts.flow is not None
+    return facts.flow
