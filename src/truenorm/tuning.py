@@ -30,15 +30,20 @@ def trials_of(tuner: str, trials: int | None, rates: Sequence[float]) -> int:
     choose("tuner", tuner, TUNERS)
     if tuner == "grid":
         if trials is not None:
-            raise InputError("trials are the tuner optuna's; the tuner grid tries all of grid.")
+            raise InputError(
+                f"trials are the tuner optuna's, got {trials!r} with the tuner grid, which tries "
+                "all of grid; choose optuna or leave them out."
+            )
         return len(rates)
     if len(rates) < 2:
         raise InputError(
-            "tuner 'optuna' needs lr 'tune', and a grid of two rates or more: it searches between "
-            "the least and the largest."
+            f"tuner 'optuna' needs lr 'tune' and a grid of two rates or more, got {len(rates)} to "
+            "tune: it searches between the least and the largest; name both."
         )
     if trials is not None and trials < 1:
-        raise InputError(f"trials must be at least 1, got {trials!r}.")
+        raise InputError(
+            f"trials must be at least 1, got {trials!r}; as many as the grid has are usual."
+        )
     _optuna()
     return len(rates) if trials is None else trials
 
