@@ -196,12 +196,11 @@ def main() -> None:
     """Fill the tables into the text, and write the page."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--studies", type=int, default=2000, help="per cell")
-    options.add_argument("--watched", type=int, default=300, help="of the table of giving up")
     told = options.parse_args()
     text = TEXT.read_text("utf-8")
     for name, table in TABLES.items():
         start = time.perf_counter()
-        rows = list(table(told.watched if name == "futility" else told.studies))
+        rows = list(table(told.studies))
         text = text.replace(f"<!-- {name} -->", _markdown(rows))
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     about = provenance("make statistics")
