@@ -211,7 +211,7 @@ def misses(sick: list[Examined], well: list[Examined]) -> str:
         for check in CHECKS:
             if check.needs != "ledger" and one.alarms(check):
                 alarms.append(f"- {check.code} of {one.host} in {mode} mode ({_half(one)} half)")
-    lines += ["", "False alarms:" if alarms else "False alarms: none.", "", *alarms]
+    lines += ["", "False alarms:", "", *alarms] if alarms else ["", "False alarms: none."]
     return "\n".join(lines)
 
 

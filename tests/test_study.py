@@ -830,6 +830,7 @@ def test_the_page_stands_alone_and_says_the_verdicts_first(study, tmp_path):
     assert "<link" not in page
     assert page.index("batch size 16: ") < page.index("<svg")
     assert page.count("<svg") == 2 + 2 + 2
+    assert "differences within &plusmn;1 point count as none" in page
     assert "prefers-color-scheme: dark" in page
     assert not [c for c in ("#010203", "#1a2b3", ">nan") if c in page]
 

@@ -167,13 +167,18 @@ def _told_early(found: Comparison, seen: Watched, max_seeds: int, metric: str) -
             f"the {100 * ALPHA:g} % hold over all looks)."
         )
     if seen.decision == "equivalent":
-        margin = amount(factor * (found.margin or 0), f" {unit}")
+        margin = with_unit(found.margin or 0, metric)
         return f"{found.a} and {found.b} are equivalent within {margin}: {size} (told at {after})."
     said = f"cannot tell {found.a} from {found.b}: {size} at {after}"
     if seen.hopeless and seen.conditional_power is not None:
         chance = 100 * seen.conditional_power
         return f"{said}; given up, all of them would tell with a chance of {chance:.1f} %."
     return f"{said}."
+
+
+def with_unit(value: float, metric: str) -> str:
+    """A round number of the metric's unit, like a margin: 0.005 of accuracy is 0.5 points."""
+    return amount(_factor(metric) * value, f" {_unit(metric)}")
 
 
 def _unit(metric: str) -> str:

@@ -23,6 +23,7 @@ from truenorm.run import to_json
 from truenorm.runner import Observer, Progress
 from truenorm.study import Study, Summary
 from truenorm.trial import Row
+from truenorm.verdicts import with_unit
 
 
 @contextlib.contextmanager
@@ -172,6 +173,7 @@ def html(study: Study) -> str:
         "study.html",
         study=study,
         title=_title(study),
+        margin=None if study.margin is None else with_unit(study.margin, study.metric),
         note=_table_note(study),
         columns=_COLUMNS,
         table=_cells(study),
