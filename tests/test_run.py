@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -7,13 +8,14 @@ import os
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import truenorm
 from conftest import blobs, same_state
 from truenorm import InputError, ModelSpec, Run, TrainConfig, job
 from truenorm.run import Request, to_json, write_atomically
-from truenorm.train import fit
+from truenorm.train import fit, snapshot
 
 REQUEST = Request(ModelSpec(), TrainConfig())
 
@@ -167,6 +169,33 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     (tmp_path / "checkpoint" / "last.pt").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"last\.pt: is damaged; remove it"):
         run.checkpoint()
+
+
+def test_a_model_of_a_network_that_is_not_built_so_any_more_is_refused(tmp_path):
+    begun = job.start(
+        "iris", ModelSpec(widths=(4,)), changes={"epochs": 1}, folder=tmp_path / "run"
+    )
+    begun.save(begun.execute())
+    path = tmp_path / "run" / "model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = {**safetensors.torch.load_file(path), "0.bias": torch.zeros(4)}
+    safetensors.torch.save_file(tensors, path, metadata=about)
+    with pytest.raises(InputError, match=r'do not fit the mlp.*Unexpected key.*"0\.bias".*train'):
+        truenorm.load_model(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_model_is_as_it_was(tmp_path, splits):
+    run = Run.create(tmp_path, REQUEST)
+    config = TrainConfig(epochs=2)
+    first, wider = (
+        truenorm.build(ModelSpec(widths=(8, width)), (6,), 3, seed=0) for width in (4, 5)
+    )
+    fit(first, splits, dataclasses.replace(config, epochs=1), run=run)
+    before = snapshot(wider)
+    with pytest.raises(InputError, match=r"checkpoint does not fit the model.*size mismatch"):
+        fit(wider, splits, config, run=run)
+    assert same_state(wider.state_dict(), before)
 
 
 def test_resuming_on_changed_data_is_refused(tmp_path):

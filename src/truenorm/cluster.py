@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from truenorm.errors import InputError
+from truenorm.errors import InputError, one_line
 from truenorm.sources import Uncut
 from truenorm.trial import ATTEMPTS, Bench, Row, Trial, failed
 
@@ -78,7 +78,7 @@ class RayPool:
             self.ray.init(log_to_driver=False, include_dashboard=False, logging_level=quiet)
         except (OSError, ValueError, OverflowError) as error:  # ray's, and those of sockets
             raise InputError(
-                f"engine 'ray' found no cluster ({' '.join(str(error).split())}); RAY_ADDRESS is "
+                f"engine 'ray' found no cluster ({one_line(error)}); RAY_ADDRESS is "
                 f"{address!r}: start that one, or unset it."
             ) from error
 

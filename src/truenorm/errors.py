@@ -1,4 +1,4 @@
-"""The one exception that says: the caller can mend this."""
+"""The one exception that says: the caller can mend this; and how others are told in it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}.")
     return value
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, on one line, to stand in another text."""
+    return " ".join(str(error).split())

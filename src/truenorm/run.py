@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from truenorm.config import TrainConfig
 from truenorm.data import Dataset, Scaling, Splits
-from truenorm.errors import InputError
+from truenorm.errors import InputError, one_line
 from truenorm.folding.structure import refold
 from truenorm.models import ModelSpec, build
 
@@ -302,8 +302,9 @@ def load_model(place: Path | str) -> Trained:
         place: a run folder, or a file that was written from one.
 
     Raises:
-        InputError: there is no finished model, it is damaged, or it was built from a module of
-            the user's own, which only the user can build again.
+        InputError: there is no finished model, it is damaged or of a network that this version
+            does not build, or it was built from a module of the user's own, which only the user
+            can build again.
     """
     about, tensors = read_model(place)
     if about.get("spec") is None:
@@ -314,10 +315,16 @@ def load_model(place: Path | str) -> Trained:
     spec, shape = ModelSpec.from_json(about["spec"]), tuple(about["input_shape"])
     model = build(spec, shape, len(about["classes"]), seed=0)
     scaling = Scaling.from_json(about["scaling"])
-    if "folded" in about:
-        model = refold(model, about["folded"])
-        scaling = Scaling(None, torch.ones(1))  # the model has its own
-    model.load_state_dict(tensors)
+    try:
+        if "folded" in about:
+            model = refold(model, about["folded"])
+            scaling = Scaling(None, torch.ones(1))  # the model has its own
+        model.load_state_dict(tensors)
+    except (AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{place}: its tensors do not fit the {spec.name} that this version builds "
+            f"({one_line(error)}); train it again, or use the version that wrote it."
+        ) from error
     features = None if about["features"] is None else tuple(about["features"])
     return Trained(
         model.eval(),

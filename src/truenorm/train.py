@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from truenorm.config import TrainConfig
 from truenorm.data import Batch, Splits, chunks, in_batches, shifted
-from truenorm.errors import InputError
+from truenorm.errors import InputError, one_line
 from truenorm.evaluate import autocast, logits_of, score, wide
 from truenorm.optimizer import Optimizer, learning_rate
 from truenorm.run import Run
@@ -316,7 +316,14 @@ class _Training:
         state = None if self.run is None else self.run.checkpoint()
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            self.model.load_state_dict(self.best[1])  # what does fit has been written
+            raise InputError(
+                f"the run's checkpoint does not fit the model ({one_line(error)}); give the model "
+                "that it was begun with, or begin a new run."
+            ) from error
         self.best = state["best"]
         self.optimizer.load(state["optimizer"])
         self.stopping.best, self.stopping.best_epoch = state["best_loss"], self.best[0]

@@ -15,6 +15,7 @@ import torch
 
 from truenorm.config import TrainConfig
 from truenorm.data import Dataset, Splits, split
+from truenorm.errors import one_line
 from truenorm.evaluate import Scores, logits_of, score
 from truenorm.models import ModelSpec, build
 from truenorm.probes import PROBES
@@ -157,8 +158,7 @@ class Bench:
             with threads(1):
                 return self._perform(trial)
         except Exception as error:  # whatever it is, the study goes on
-            text = " ".join(str(error).split())
-            return failed(trial, f"{type(error).__name__}: {text}")
+            return failed(trial, f"{type(error).__name__}: {one_line(error)}")
 
     def splits(self, seed: int, examples: int = 0) -> Splits:
         """The parts that ``seed`` cuts, with so many training examples (0: all)."""
