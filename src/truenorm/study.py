@@ -29,7 +29,7 @@ from truenorm.run import environment
 from truenorm.runner import Observer, Runner, runner_of
 from truenorm.train import device_of
 from truenorm.trial import Row
-from truenorm.tuning import trials_of, tuned, tuning_loss
+from truenorm.tuning import trials_of, tried, tuned
 from truenorm.verdicts import AGAINST, ALPHA, Against, Pair, family_of, judge, watch
 
 METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
@@ -117,10 +117,8 @@ class Study:
         return [x - y for x, y in both if x is not None and y is not None]
 
     def tried(self, label: str) -> list[tuple[float, float]]:
-        """The learning rates tried for a variant, each with its :func:`tuning_loss`."""
-        own = [row for row in self.tuning if row.variant == label]
-        rates = sorted({row.lr for row in own})
-        return [(rate, tuning_loss([row for row in own if row.lr == rate])) for rate in rates]
+        """The learning rates tried for a variant, rising, each with its loss in validation."""
+        return list(tried(label, self.tuning).items())
 
     def curve(self, label: str) -> list[float]:
         """Mean validation accuracy by epoch; a run that has ended counts on with its best."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -80,12 +79,15 @@ def tuned(
 
 def best_rates(labels: Iterable[str], rows: Sequence[Row]) -> dict[str, float]:
     """Of each variant the rate of least :func:`tuning_loss`; of equals the least."""
-    best = {}
-    for label in labels:
-        own = [row for row in rows if row.variant == label]
-        rates = sorted({row.lr for row in own})
-        best[label] = min(rates, key=functools.partial(_loss, own))
-    return best
+    losses = {label: tried(label, rows) for label in labels}
+    return {label: min(own, key=lambda rate: own[rate]) for label, own in losses.items()}
+
+
+def tried(label: str, rows: Sequence[Row]) -> dict[float, float]:
+    """The learning rates tried for a variant, rising, each with its :func:`tuning_loss`."""
+    own = [row for row in rows if row.variant == label]
+    rates = sorted({row.lr for row in own})
+    return {rate: tuning_loss([row for row in own if row.lr == rate]) for rate in rates}
 
 
 def tuning_loss(rows: Sequence[Row]) -> float:
@@ -100,10 +102,6 @@ def _tries(rates: Mapping[Variant, Sequence[float]], seeds: int) -> list[Trial]:
     """The runs of each variant with each of its rates, on seeds that are not judged."""
     tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
     return [v.trial(s, rate, "tuning") for v, own in rates.items() for rate in own for s in tried]
-
-
-def _loss(rows: Sequence[Row], rate: float) -> float:
-    return tuning_loss([row for row in rows if row.lr == rate])
 
 
 # Optuna --------------------------------------------------------------------------------------
@@ -146,9 +144,9 @@ def _searched(
             later = [v.trial(0, v.config.lr) for v in variants] * ((trials - begun - size) * seeds)
             found = run(_tries(rates, seeds), [*later, *ahead])
             for v, search in searches.items():
-                own = [row for row in found if row.variant == v.label]
+                losses = tried(v.label, found)
                 for trial, rate in zip(asked[v], rates[v], strict=True):
-                    search.tell(trial, _loss(own, rate))
+                    search.tell(trial, losses[rate])
             rows += found
     return sorted(rows, key=lambda row: [v.label for v in variants].index(row.variant))
 
