@@ -29,10 +29,14 @@ def _ray() -> ModuleType:
 
 
 def _reach(address: str) -> None:
-    """Raise what a socket raises if nobody answers there; ray would try again for minutes."""
+    """Raise ConnectionError if nobody answers there; ray would try again for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdecimal():
+    if not port.isdecimal():
+        return
+    try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+    except (OSError, OverflowError, UnicodeError) as error:  # no answer, port or name
+        raise ConnectionError(str(error)) from error
 
 
 @dataclass(eq=False)
@@ -72,11 +76,11 @@ class RayPool:
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = logging.ERROR  # how ray starts is no part of what a study tells
-        address = os.environ.get("RAY_ADDRESS", "")
+        address = os.environ.get("RAY_ADDRESS")
         try:
-            _reach(address)
+            _reach(address or "")
             self.ray.init(log_to_driver=False, include_dashboard=False, logging_level=quiet)
-        except (OSError, ValueError, OverflowError) as error:  # ray's, and those of sockets
+        except (ConnectionError, ValueError) as error:
             raise InputError(
                 f"engine 'ray' found no cluster ({one_line(error)}); RAY_ADDRESS is "
                 f"{address!r}: start that one, or unset it."
