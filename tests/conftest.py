@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,11 @@ def splits():
 @pytest.fixture
 def model():
     return truenorm.build(truenorm.ModelSpec(widths=(8,)), (6,), 3, seed=0)
+
+
+def heed_ctrl_c():
+    """For a child process: a shell's background jobs ignore Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def same_state(a, b):

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import blobs
+from conftest import blobs, heed_ctrl_c
 from truenorm.cli import main
 
 
@@ -153,14 +153,12 @@ def test_a_nan_loss_is_told_with_its_step_and_exits_2(cli):
 
 
 def test_ctrl_c_exits_130_with_the_best_epoch_restored_and_resumes(tmp_path):
-    # A job in a shell's background inherits an ignored SIGINT, and Python keeps it ignored.
-    code = (
-        "import signal, truenorm.cli as cli;"
-        "signal.signal(signal.SIGINT, signal.default_int_handler); cli.main()"
-    )
-    command = [sys.executable, "-c", code, "train", "--data", "digits", "--epochs", "3000",
+    command = [sys.executable, "-m", "truenorm", "train", "--data", "digits", "--epochs", "3000",
                "--patience", "3000", "--run-dir", str(tmp_path / "r"), "--json"]  # fmt: skip
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509
+    )  # fmt: skip
     for line in job.stderr:
         if line.startswith("epoch    5/"):
             job.send_signal(signal.SIGINT)

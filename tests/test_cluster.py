@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import blobs
+from conftest import blobs, heed_ctrl_c
 from truenorm import compare
 
 # That the rows stay the same where actors are killed is tested in test_study.py.
@@ -95,8 +95,7 @@ def test_a_cluster_named_by_ray_address_is_joined_and_ctrl_c_leaves_only_it(addr
     joined = subprocess.Popen(
         COMMAND, cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": address}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509
     )  # fmt: skip
     told = [joined.stderr.readline() for _ in range(4)]
     assert "seeds cannot tell anything" in told[0]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import truenorm
-from conftest import blobs
+from conftest import blobs, heed_ctrl_c
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
 from truenorm.plan import Variant
@@ -485,8 +485,7 @@ def started(folder, seeds=4):
         [sys.executable, "-m", "truenorm", *COMMAND, "--seeds", str(seeds), "--processes", "2",
          "--json"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509
     )  # fmt: skip
 
 
