@@ -98,7 +98,7 @@ def _wrong(ps: Array, tosts: Array) -> bool:
 
 def coverage(studies: int) -> Iterator[list[str]]:
     """How often the interval holds the true mean, beside the two that it is made of."""
-    sizes = (4, 5, 8, 16, 32)
+    sizes = (4, 5, 8, 9, 16, 32)
     yield ["differences", "interval", *(f"n = {n}" for n in sizes)]
     shapes: dict[str, Callable[[Array], Array]] = {
         "normal": stats.norm.ppf,
