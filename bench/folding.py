@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import harness
 import truenorm as tn
 import zoo
-from truenorm.calling import Call, tensors_in
+from truenorm.calling.call import Call, tensors_in
 
 SLOWEST, RESNET_64 = 0.98, 1.25
 Inference = Callable[[Tensor], Any]

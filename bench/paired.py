@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from harness import provenance
-from truenorm import paired
+from truenorm.studies import paired
 
 Array = np.ndarray[Any, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"

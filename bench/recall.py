@@ -33,12 +33,12 @@ import patients
 import test_zoo
 import truenorm
 import zoo
-from truenorm.borrowing import borrowed
+from truenorm.calling.borrowing import borrowed
 from truenorm.doctor.check import Check
 from truenorm.doctor.checks import batches, statistics, structure
+from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.diagnosis import _made
 from truenorm.doctor.facts import Facts, gather, observe
-from truenorm.doctor.register import CHECKS
 
 PAGE = ROOT / "docs" / "doctor" / "recall.md"
 COMMAND = "make recall"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 import truenorm
-from truenorm.data import Splits, dataset
+from truenorm.data.datasets import Splits, dataset
 
 # Deterministic, and without a clock: a slow machine must not fail a true property.
 settings.register_profile("truenorm", derandomize=True, deadline=None, max_examples=60)

@@ -21,7 +21,7 @@ import patients
 import truenorm as tn
 import zoo
 from test_zoo import EXPECTED
-from truenorm import calling
+from truenorm.calling import call as calling
 from truenorm.doctor.check import Severity
 from truenorm.doctor.diagnosis import Diagnosis
 

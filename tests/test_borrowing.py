@@ -11,7 +11,7 @@ from torch import nn
 import patients
 import truenorm as tn
 from patients import batches, trained
-from truenorm.borrowing import borrowed, evaluating, to_eval, unwrapped
+from truenorm.calling.borrowing import borrowed, evaluating, to_eval, unwrapped
 
 
 class Restless(nn.Module):

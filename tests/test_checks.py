@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 import truenorm as tn
 from patients import Activated
-from truenorm.borrowing import borrowed
-from truenorm.doctor import verdicts
+from truenorm.calling.borrowing import borrowed
+from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.codes import codes
 from truenorm.doctor.facts import gather, observe
-from truenorm.doctor.register import CHECKS
+from truenorm.doctor.ledger import judging as verdicts
 
 ERROR, WARNING, NOTE = ["error"], ["warning"], ["note"]
 

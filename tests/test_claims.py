@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from truenorm import InputError, ModelSpec, build
-from truenorm.claims import CLAIMS, Part, answer_of, claims, judge
 from truenorm.cli import main
 from truenorm.report import claims as report
+from truenorm.studies.claims.catalogue import CLAIMS, Part, answer_of, claims, judge
 
 TINY = {
     name: dataclasses.replace(c.quick, seeds=2, examples=120, epochs=1, tuning=1)

@@ -247,8 +247,8 @@ def test_a_place_that_cannot_be_written_is_refused(cli):
 
 def test_help_imports_no_torch():
     code = (
-        "import sys, truenorm.cli\n"
-        "try: truenorm.cli.main(['train', '--help'])\n"
+        "import sys, truenorm.cli.app\n"
+        "try: truenorm.cli.app.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

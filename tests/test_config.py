@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truenorm import InputError, TrainConfig, recipe
-from truenorm.config import config_help
+from truenorm.training.config import config_help
 
 CLASSIC = {
     "epochs": 20, "batch_size": 64, "optimizer": "adam", "lr": 1e-3, "schedule": "constant",

@@ -16,9 +16,9 @@ from rich.console import Console
 
 import patients
 import truenorm as tn
+from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.codes import codes, page
 from truenorm.doctor.diagnosis import Diagnosis, Finding, Skipped
-from truenorm.doctor.register import CHECKS
 
 
 def finding(code="TN103", severity="error", layer="bn", cause="it does not fit", **given):

@@ -12,7 +12,7 @@ import patients
 import truenorm as tn
 import zoo
 from patients import HEALTHY, PATIENTS, batches, trained
-from truenorm.doctor.register import CHECKS
+from truenorm.doctor.checks.catalogue import CHECKS
 
 EVERY = [(code, i) for code, made in PATIENTS.items() for i in range(len(made))]
 

@@ -495,7 +495,7 @@ def test_codes_are_explained_to_programs_too(capsys):
     "tokens", [["--help"], ["doctor", "--list"], ["doctor", "--explain", "TN103"]]
 )
 def test_help_and_codes_need_no_torch(tokens):
-    asked = f"import sys, truenorm.cli as c\ntry: c.main({tokens})\nexcept SystemExit: pass\n"
+    asked = f"import sys, truenorm.cli.app as c\ntry: c.main({tokens})\nexcept SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{asked}sys.exit('torch' in sys.modules)"],
         capture_output=True,

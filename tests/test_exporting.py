@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import truenorm as tn
 from test_folding import Heads, images, lively, resnet
-from truenorm import exporting
+from truenorm.folding import export as exporting
 
 RAW = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)
 SCALING = tn.Scaling(torch.tensor([[[100.0]], [[120.0]], [[90.0]]]), torch.full((1,), 1 / 60))

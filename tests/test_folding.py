@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations
 
 import truenorm as tn
 from truenorm.folding.fold import Folded, fold
-from truenorm.folding.remnants import ScaleShift, Shifted
-from truenorm.folding.structure import refold
+from truenorm.folding.modules import ScaleShift, Shifted
+from truenorm.folding.refold import refold
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -634,7 +634,7 @@ def test_what_cannot_be_proved_is_undone(monkeypatch):
 
 
 def test_what_is_wrong_from_end_to_end_is_undone_alone(monkeypatch):
-    from truenorm.folding import writing
+    from truenorm.folding import building as writing
 
     model = lively(
         nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))

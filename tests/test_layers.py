@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import reference
 import truenorm as tn
-from truenorm.functional import ACTIVATIONS
+from truenorm.layers.functional import ACTIVATIONS
 
 PAIRS = {
     1: (nn.BatchNorm1d, tn.BatchNorm1d),
@@ -208,7 +208,7 @@ def test_torch_loses_the_variance_that_ours_keeps():
 def test_the_shift_changes_neither_output_nor_gradient(monkeypatch):
     x = normal(50, 3, dtype=torch.float64) * 3 + 2
     expected = reference.BatchNorm(3).forward(x.numpy())
-    monkeypatch.setattr("truenorm.functional.ROWS", 1)
+    monkeypatch.setattr("truenorm.layers.functional.ROWS", 1)
     x32 = x.float().requires_grad_()
     layer, theirs = tn.BatchNorm1d(3), nn.BatchNorm1d(3)
     y = layer(x32)

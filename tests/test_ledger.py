@@ -12,7 +12,7 @@ import loops
 import patients
 import truenorm as tn
 from patients import batches, norms, trained
-from truenorm.doctor import ledger as ledgers
+from truenorm.doctor.ledger import ledger as ledgers
 
 KINDS = ("mlp", "convnet", "resnet", "transformer")
 

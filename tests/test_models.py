@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from truenorm import InputError, ModelSpec, build, examine
+from truenorm.layers.norms import NORMS, RMSNorm, groups_of
 from truenorm.models import norm_of, patch_of
-from truenorm.norms import NORMS, RMSNorm, groups_of
 
 NAMES = ("mlp", "convnet", "resnet", "transformer")
 KINDS = ("none", "batch", "layer", "group", "instance", "rms")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import truenorm as tn
 import zoo
+from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.diagnosis import Diagnosis
-from truenorm.doctor.register import CHECKS
 
 NAMES = ("resnet", "segresnet", "torchvision resnet", "pointnet", "bert", "byol", "table")
 FLOAT_INPUTS = ("resnet", "segresnet", "torchvision resnet", "unet", "monai densenet")

@@ -9,7 +9,7 @@ from torch import nn
 
 import reference
 from truenorm import TrainConfig
-from truenorm.optimizer import Optimizer, decaying, learning_rate
+from truenorm.training.optimizer import Optimizer, decaying, learning_rate
 
 
 def follow(config, rule, steps=5, regularize=lambda value: 0.0):

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from truenorm import paired
 from truenorm.errors import InputError
-from truenorm.paired import Comparison, compare_scores, monitor, verdict
+from truenorm.studies import paired
+from truenorm.studies.paired import Comparison, compare_scores, monitor, verdict
 
 LOOKS_20 = tuple(range(3, 61, 3))
 

@@ -10,7 +10,7 @@ import pytest
 
 import faults
 from faults import FAULTS, OF_THE_LEDGER
-from truenorm.doctor.register import CHECKS
+from truenorm.doctor.checks.catalogue import CHECKS
 
 PLANS = list(faults.plans())
 BY_DEFAULT = 2  # hosts of a fault; make zoo takes all

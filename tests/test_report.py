@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from truenorm import ModelSpec, Splits, build, dataset, job
-from truenorm.evaluate import confusion, judge, view_norms, worst
-from truenorm.report import html
+from truenorm import ModelSpec, Splits, build, dataset
+from truenorm.report import run_page as html
+from truenorm.training import job
+from truenorm.training.evaluate import confusion, judge, view_norms, worst
 
 
 @pytest.fixture(scope="module")

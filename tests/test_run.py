@@ -13,9 +13,10 @@ import torch
 
 import truenorm
 from conftest import blobs, same_state
-from truenorm import InputError, ModelSpec, Run, TrainConfig, job
-from truenorm.run import Request, to_json, write_atomically
-from truenorm.train import fit, snapshot
+from truenorm import InputError, ModelSpec, Run, TrainConfig
+from truenorm.training import job
+from truenorm.training.fit import fit, snapshot
+from truenorm.training.run import Request, to_json, write_atomically
 
 REQUEST = Request(ModelSpec(), TrainConfig())
 
@@ -57,7 +58,7 @@ def test_a_full_disk_while_training_is_told_and_loses_nothing(splits, model, tmp
         saved.append(len(state["epochs"]))
         whole(self, state)
 
-    monkeypatch.setattr("truenorm.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("truenorm.training.fit._CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Run, "save_checkpoint", save)
     config = TrainConfig(epochs=6, batch_size=16)
     with pytest.raises(InputError, match="full"):
@@ -75,7 +76,7 @@ def test_a_full_disk_while_training_is_told_and_loses_nothing(splits, model, tmp
 
 def test_a_checkpoint_continues_to_the_bit_from_every_epoch(splits, tmp_path, monkeypatch):
     """Dropout, weight decay, accumulation: all that a checkpoint must not forget."""
-    monkeypatch.setattr("truenorm.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("truenorm.training.fit._CHECKPOINT_SECONDS", 0.0)
     config = TrainConfig(
         epochs=5, batch_size=8, lr=0.01, schedule="onecycle", weight_decay=0.01, accumulate=3
     )

@@ -15,7 +15,8 @@ from PIL import Image
 
 import truenorm
 from conftest import blobs
-from truenorm import InputError, sources
+from truenorm import InputError
+from truenorm.data import sources
 
 
 def write_idx(path, array, code=8, compress=False):

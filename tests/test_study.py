@@ -21,12 +21,12 @@ import truenorm
 from conftest import blobs, heed_ctrl_c
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
-from truenorm.plan import Variant
+from truenorm.data.sources import Uncut, uncut
 from truenorm.report import study as report
-from truenorm.sources import Uncut, uncut
-from truenorm.trial import Bench, Row, failed
-from truenorm.tuning import tuning_loss
-from truenorm.workers import Pool, map_data, write_data
+from truenorm.studies.plan import Variant
+from truenorm.studies.trial import Bench, Row, failed
+from truenorm.studies.tuning import tuning_loss
+from truenorm.studies.workers import Pool, map_data, write_data
 
 TINY = {"epochs": 2, "widths": (8,)}
 
@@ -294,7 +294,7 @@ def test_killing_workers_at_random_loses_no_run():
 
 
 def test_a_run_whose_worker_dies_three_times_is_a_row_with_the_error(monkeypatch):
-    from truenorm import workers
+    from truenorm.studies import workers
 
     asked = []
     ask = workers._Worker.ask
@@ -333,7 +333,9 @@ def test_a_script_without_a_main_guard_starts_studies_from_wherever_it_imports(t
 
 
 def test_workers_that_cannot_start_end_the_study(monkeypatch):
-    monkeypatch.setattr("truenorm.workers.write_data", lambda data, path: path.write_text("no"))
+    monkeypatch.setattr(
+        "truenorm.studies.workers.write_data", lambda data, path: path.write_text("no")
+    )
     with pytest.raises(RuntimeError, match="do not start"):
         small(processes=1)
 
@@ -545,7 +547,7 @@ def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
 
 def study_of(scores, **options):
     """A study with the given test accuracies by variant."""
-    from truenorm.study import _Question
+    from truenorm.studies.study import _Question
 
     variants = [
         Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))

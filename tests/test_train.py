@@ -14,9 +14,9 @@ import reference
 import truenorm
 from conftest import blobs, same_state
 from truenorm import EarlyStopping, InputError, TrainConfig
-from truenorm.data import Splits, chunks, dataset
-from truenorm.evaluate import logits_of, score
-from truenorm.train import snapshot
+from truenorm.data.datasets import Splits, chunks, dataset
+from truenorm.training.evaluate import logits_of, score
+from truenorm.training.fit import snapshot
 
 CPU = torch.device("cpu")
 
@@ -208,7 +208,7 @@ def test_ctrl_c_at_an_epochs_end_leaves_history_and_weights_in_step(
             raise KeyboardInterrupt
         return snapshot(trained)
 
-    monkeypatch.setattr("truenorm.train.snapshot", interrupted)
+    monkeypatch.setattr("truenorm.training.fit.snapshot", interrupted)
     history = fit(model, splits, epochs=9)
     monkeypatch.undo()
     assert history.stopped == "interrupted"

@@ -11,9 +11,9 @@ import pytest
 
 from conftest import blobs
 from truenorm import InputError, ModelSpec, TrainConfig, compare
-from truenorm.plan import Variant
-from truenorm.trial import Row
-from truenorm.tuning import ROUND, trials_of, tuned
+from truenorm.studies.plan import Variant
+from truenorm.studies.trial import Row
+from truenorm.studies.tuning import ROUND, trials_of, tuned
 
 GRID = (1e-4, 1e-2, 1.0)
 VARIANTS = [

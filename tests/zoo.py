@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from truenorm import calling
+from truenorm.calling import call as calling
 
 Batch = Callable[[torch.Generator, int], Any]
 Loss = Callable[[Any, Any], Tensor]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from truenorm.calling.flow import Flow
 from truenorm.doctor.facts import Facts, NormFacts
-from truenorm.flow import Flow
 
 Severity = Literal["error", "warning", "note"]
 Needs = Literal["model", "data", "optimizer", "ledger", "ranks"]

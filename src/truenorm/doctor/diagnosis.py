@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from truenorm.borrowing import borrowed, eager, to_eval
-from truenorm.calling import Arguments, Loss
+from truenorm.calling.borrowing import borrowed, eager, to_eval
+from truenorm.calling.call import Arguments, Loss
 from truenorm.doctor import codes
 from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
-from truenorm.doctor.register import CHECKS
 from truenorm.errors import InputError, choose
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def examine(
         data: batches as it is trained on: tensors, tuples (inputs and target) or dicts. Without
             them only structure, buffers and parameter groups are looked at.
         optimizer: for its parameter groups.
-        loss: of the output and the target; by default what :mod:`truenorm.calling` finds.
+        loss: of the output and the target; by default what :mod:`truenorm.calling.call` finds.
         device: where batches go; by default where the model is.
         arguments: makes the model's arguments of a batch.
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from truenorm import calling
-from truenorm.borrowing import to_eval, unwrapped
+from truenorm.calling import call as calling
+from truenorm.calling.borrowing import to_eval, unwrapped
+from truenorm.calling.flow import Flow, flow_of
 from truenorm.errors import InputError
-from truenorm.flow import Flow, flow_of
-from truenorm.functional import Moments, moments, valid, wide
-from truenorm.layers import BatchNorm
-from truenorm.norms import NORMS
+from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.functional import Moments, moments, valid, wide
+from truenorm.layers.norms import NORMS
 
 MOST_ANSWERS = 2**20  # numbers of a batch's answers that are kept to be compared
 MOST_BATCHES = 32  # enough for every threshold here; a loader of any length may be given

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from truenorm.data import Scaling
+from truenorm.data.datasets import Scaling
+from truenorm.folding.building import built, plan_of
 from truenorm.folding.plan import Form, Part, planned
 from truenorm.folding.proof import Whole, prove, sifted
 from truenorm.folding.subject import Subject
-from truenorm.folding.writing import built, plan_of
 
 
 class Pair(NamedTuple):

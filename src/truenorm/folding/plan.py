@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from truenorm.data import Scaling
-from truenorm.flow import Node
+from truenorm.calling.flow import Node
+from truenorm.data.datasets import Scaling
 from truenorm.folding.affine import Affine, Weighted
 from truenorm.folding.subject import INPUT, Norm, Subject
 from truenorm.folding.wiring import Neighbour, Partner, Refused, Weights, Wiring

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from truenorm.calling import mapped, tensors_in
+from truenorm.calling.call import mapped, tensors_in
 from truenorm.folding.affine import Affine, Weighted, rounded
+from truenorm.folding.building import built, fill
+from truenorm.folding.modules import ScaleShift, share_of_shift
 from truenorm.folding.plan import Part, Target, held
-from truenorm.folding.remnants import ScaleShift, share_of_shift
-from truenorm.folding.structure import dtype_of
+from truenorm.folding.refold import dtype_of
 from truenorm.folding.subject import Subject, in_double, seeded
-from truenorm.folding.writing import built, fill
 
 # Largest error of an output over the largest output. Beyond it a fold passes if it errs no more
 # than four times as much as the model that was not folded: both round, at different places.

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
-from truenorm.borrowing import eager, unwrapped
-from truenorm.calling import mapped, tensors_in
-from truenorm.data import Scaling
+from truenorm.calling.borrowing import eager, unwrapped
+from truenorm.calling.call import mapped, tensors_in
+from truenorm.calling.flow import Call, Flow, Node, flow_of
+from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
-from truenorm.flow import Call, Flow, Node, flow_of
 from truenorm.folding.affine import Affine, of_statistics
-from truenorm.folding.structure import remnant
+from truenorm.folding.refold import remnant
 from truenorm.folding.wiring import hooks_of
-from truenorm.layers import BatchNorm
+from truenorm.layers.batch_norm import BatchNorm
 
 INPUT = "(input scaling)"
 _SCALING = {"sub", "rsub", "div", "truediv", "true_divide", "mul", "add", "to", "float", "type"}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truenorm.flow import Flow, Node
+from truenorm.calling.flow import Flow, Node
 
 _CONVS = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)}
 WEIGHTED = {*_CONVS, "linear"}

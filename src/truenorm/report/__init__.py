@@ -1,1 +1,1 @@
-"""A run as a person sees it: the terminal, JSON, and one self-contained page. Computes nothing."""
+"""What a person sees: terminal, JSON and self-contained pages. Computes nothing."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from truenorm.claims import CLAIMS, Finding, Findings, Judged, Plot
 from truenorm.report import pages
 from truenorm.report.pages import page
-from truenorm.report.plots import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.report.run_plots import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
-from truenorm.run import to_json
-from truenorm.runner import Observer, Progress
+from truenorm.studies.claims.catalogue import CLAIMS, Finding, Findings, Judged, Plot
+from truenorm.studies.runner import Observer, Progress
+from truenorm.training.run import to_json
 
 
 def listed(*, as_json: bool) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from truenorm.cli.target import Target
 from truenorm.doctor.diagnosis import Diagnosis, Finding
 from truenorm.doctor.rendering import folded, verdict
-from truenorm.doctor.target import Target
-from truenorm.recalibration import Recalibration
-from truenorm.run import to_json, write_atomically
+from truenorm.layers.recalibration import Recalibration
+from truenorm.training.run import to_json, write_atomically
 
 
 def format_of(out: Path | None) -> str:

@@ -19,11 +19,11 @@ from rich.table import Table
 from truenorm.report import pages
 from truenorm.report import study_plots as plots
 from truenorm.report.pages import page
-from truenorm.run import to_json
-from truenorm.runner import Observer, Progress
-from truenorm.study import Study, Summary
-from truenorm.trial import Row
-from truenorm.verdicts import with_unit
+from truenorm.studies.runner import Observer, Progress
+from truenorm.studies.study import Study, Summary
+from truenorm.studies.trial import Row
+from truenorm.studies.verdicts import with_unit
+from truenorm.training.run import to_json
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from truenorm.plan import Variant
-from truenorm.report.plots import INK, MARK, QUIET, SERIES, drawing, svg
-from truenorm.study import Study
+from truenorm.report.run_plots import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.studies.plan import Variant
+from truenorm.studies.study import Study
 
 
 def by_batch_size(study: Study) -> str:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from truenorm import calling
+from truenorm.calling import call as calling
 from truenorm.doctor.check import Found, NotApplicable, batch_norms
 from truenorm.doctor.facts import Facts, NormFacts, values_per_channel
-from truenorm.functional import Moments, joined, pool
-from truenorm.layers import BatchNorm
+from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.functional import Moments, joined, pool
 
 # The mean of n values is off by 1/sqrt(n) standard deviations: a third at 8. Group Norm's paper
 # puts the break at 8 to 16 per device (23.6 % error at 32, 25 % at 8, 34.7 % at 2).

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from truenorm.conversion import convert
 from truenorm.doctor.check import Found, Severity, batch_norms, tracking
 from truenorm.doctor.facts import Facts
+from truenorm.layers.conversion import convert
 
 
 def wrong_mode(facts: Facts) -> Iterator[Found]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from truenorm.conversion import convert
+from truenorm.calling.flow import SHAPING, Flow
 from truenorm.doctor.check import Found, NotApplicable, Severity, batch_norms, flow_of, tracking
 from truenorm.doctor.checks.modes import shapes
 from truenorm.doctor.facts import Facts, NormFacts
-from truenorm.flow import SHAPING, Flow
+from truenorm.layers.conversion import convert
 
 
 def never_updated(facts: Facts) -> Iterator[Found]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from truenorm import calling
-from truenorm.borrowing import to_eval
+from truenorm.calling import call as calling
+from truenorm.calling.borrowing import to_eval
+from truenorm.calling.flow import SHAPING, Call, Flow, Node
 from truenorm.doctor.check import Found, NotApplicable, Severity, batch_norms, flow_of
 from truenorm.doctor.checks.batches import pooled_values
 from truenorm.doctor.facts import Facts, NormFacts
-from truenorm.flow import SHAPING, Call, Flow, Node
-from truenorm.functional import moments, wide
-from truenorm.layers import BatchNorm
-from truenorm.norms import RMSNorm
+from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.functional import moments, wide
+from truenorm.layers.norms import RMSNorm
 
 _WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"} | {
     f"conv_transpose{n}d" for n in (1, 2, 3)

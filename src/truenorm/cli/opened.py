@@ -1,0 +1,167 @@
+"""What ``truenorm fold`` and ``truenorm export`` ship: a run's model, or a factory's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truenorm.calling.call import Call
+from truenorm.cli.target import foreign, open_target
+from truenorm.data.datasets import Scaling
+from truenorm.errors import InputError
+from truenorm.folding.export import FORMATS, Exported, export
+from truenorm.folding.fold import Folded, fold
+from truenorm.folding.refold import refold
+from truenorm.training.run import load_model, read_model, write_model
+
+_EXAMPLES = 4  # rows of random inputs of a run's kind; the folded model serves any number
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A model with an example of its inputs.
+
+    Attributes:
+        model: in the mode it came in; a run's in eval mode.
+        example: arguments for it, unscaled where ``scaling`` is not None.
+        scaling: of its first argument, or None.
+        about: metadata that travel with it.
+    """
+
+    model: nn.Module
+    example: Any
+    scaling: Scaling | None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def fold(self) -> Folded:
+        """See :func:`truenorm.fold`."""
+        return fold(self.model, self.example, scaling=self.scaling)
+
+    def export(self, path: Path, *, fold_norms: bool = True) -> Exported:
+        """See :func:`truenorm.export`."""
+        return export(
+            self.model,
+            self.example,
+            path,
+            fold_norms=fold_norms,
+            scaling=self.scaling,
+            about=self.about,
+        )
+
+    def save(self, folded: Folded, path: Path) -> None:
+        """Write a folded model's tensors and structure to a .safetensors file.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        write_model(path, folded.model, {**self.about, "folded": folded.plan})
+
+
+def cargo(
+    text: str, data: str | None = None, label: str | None = None, shape: str | None = None
+) -> Cargo:
+    """The model that ``text`` names, with an example.
+
+    Args:
+        text: a run folder, or ``package.module:factory``.
+        data: a data source for a factory that returns no batches.
+        label: the label's column.
+        shape: of one example, as "3,224,224", in place of data.
+
+    Raises:
+        InputError: nothing such exists, or no example can be had.
+    """
+    place = Path(text)
+    if place.is_dir() or place.suffix == ".safetensors":
+        return _of_run(place)
+    opened = open_target(text, data, label, most=1)
+    batch = None if opened.batches is None else next(iter(opened.batches), None)
+    if shape is not None:
+        batch = torch.randn(_EXAMPLES, *_sizes(shape))
+    if batch is None:
+        raise InputError(
+            f"{text}: an example is needed; let the factory return (model, batches), or give "
+            "--data SOURCE or --shape 3,224,224."
+        )
+    with foreign(f"{text} does not run"):
+        given = Call(opened.model).prepare(batch)
+    if given.args and given.kwargs:
+        raise InputError(f"{text}: give a batch of positional or of named arguments, not both.")
+    return Cargo(opened.model, given.kwargs or given.args, None)
+
+
+def load_folded(model: nn.Module, path: Path | str) -> nn.Module:
+    """Give a freshly built ``model`` the structure and weights that ``truenorm fold`` wrote.
+
+    Args:
+        model: as it was before folding; it is used up.
+        path: the .safetensors file.
+
+    Returns:
+        The folded model, in eval mode.
+
+    Raises:
+        InputError: the file is not of a folded model, or not of this one.
+    """
+    about, tensors = read_model(path)
+    if "folded" not in about:
+        raise InputError(f"{path}: is not of a folded model; load it with load_state_dict.")
+    try:
+        folded = refold(model.eval(), about["folded"])
+        folded.load_state_dict(tensors)
+    except (AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: is of another model than {type(model).__name__} ({error})."
+        ) from error
+    return folded
+
+
+def _of_run(place: Path) -> Cargo:
+    about, _ = read_model(place)
+    if "folded" in about:
+        raise InputError(f"{place}: is folded already; give the run that it came from.")
+    trained = load_model(place)
+    return Cargo(
+        trained.model,
+        examples_like(trained.scaling, trained.input_shape, trained.input_type),
+        trained.scaling,
+        about,
+    )
+
+
+def examples_like(scaling: Scaling, shape: tuple[int, ...], kind: str) -> Tensor:
+    """Random raw examples: bytes, or numbers whose scaled values are standard normal."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "torch.uint8":
+        size = (_EXAMPLES, *shape)
+        return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    noise = torch.randn(_EXAMPLES, *shape, generator=generator)
+    raw = noise / scaling.scale
+    return raw if scaling.shift is None else raw + scaling.shift
+
+
+def _sizes(shape: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in shape.replace("x", ",").split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise InputError(f"--shape must be sizes like 3,224,224, got {shape!r}.")
+    return sizes
+
+
+def check_name(path: Path | None, kind: str) -> None:
+    """Refuse at once a name that fits no format.
+
+    Raises:
+        InputError: ``path`` does not end as files of ``kind`` do.
+    """
+    endings = [".safetensors"] if kind == "fold" else list(FORMATS)
+    if path is not None and path.suffix not in endings:
+        raise InputError(
+            f"--out must end in {' or '.join(endings)} for truenorm {kind}, got {path}."
+        )

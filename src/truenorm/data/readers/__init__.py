@@ -1,0 +1,1 @@
+"""One file format each: from a path to arrays."""

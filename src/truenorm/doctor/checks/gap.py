@@ -1,0 +1,538 @@
+"""The gap between running and exact statistics, measured in loss and shared out to layers.
+
+Exact statistics look better than they are on the very data they were taken from. So the data are
+cut in halves, and each half is judged with the statistics of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from truenorm.calling.call import Call, Prepared, examples_of, part_of, tensors_in
+from truenorm.doctor.check import Found, NotApplicable, Severity
+from truenorm.doctor.facts import Facts, NormFacts, Outcome
+from truenorm.layers import recalibration
+
+# A fifth of the loss, and never less than 0.05 nats: below it accuracy hardly moves.
+GAP_SHARE, GAP_LEAST = 0.2, 0.05
+GAP_SEVERE = 0.5  # nats; a right answer's probability falls by 40 %
+ACCURACY_SEVERE = 0.05
+# Where no loss tells, or it does not suffer: answers that differ by half of their size, and by
+# twice what the statistics of two halves of the data make them differ by.
+OUTPUT_GAP, OUTPUT_NOISE = 0.5, 2.0
+# Statistics so far off are wrong, whatever the loss; as a mean over channels of squared shifts and
+# squared logarithms of ratios. Variances 3.4 times off come to it, or means off by 1.2 standard
+# deviations; data of another kind change variances by 2 to 3.
+WRONG_BY = 1.5
+# What the cause tells of: the variance from half as much again, else the mean, or one channel.
+TOLD_RATIO, TOLD_SHIFT = 1.5, 0.5
+# Values per channel in half of the data. A mean of 32 is off by 0.18 standard deviations, a
+# standard deviation by an eighth.
+LEAST_VALUES = 32
+# What one forward may join; 128 MB in float32.
+MOST_JOINED = 2**25
+# To share the gap out: layers that are looked at one by one, and those that the finding tells of.
+MOST_SUSPECTS, MOST_TOLD = 8, 3
+LEADS = 0.5  # of the gap, mended by one layer alone
+FAIR = 0.5  # of the gap; batches that show less are not typical, and all are taken
+LIKE_BEST = 0.8  # of the largest share; less is another
+
+Statistics = tuple[Tensor, Tensor]
+
+
+class _Half(NamedTuple):
+    """Numbered batches, and the exact statistics of the OTHER half, which they are judged with."""
+
+    parts: list[tuple[int, Any]]
+    exact: dict[NormFacts, Statistics]
+
+
+@dataclass
+class _Study:
+    """The two halves of the data, and the layers whose statistics can be exchanged."""
+
+    facts: Facts
+    norms: list[NormFacts]  # in the order of the forward
+    halves: tuple[_Half, _Half]
+    held: dict[NormFacts, Statistics]
+
+    def judged(self, mended: Collection[NormFacts]) -> Outcome:
+        """The data with exact statistics in ``mended``, held ones in the others."""
+        whole = Outcome()
+        try:
+            for half in self.halves:
+                for norm in self.norms:
+                    _put(norm, half.exact[norm] if norm in mended else self.held[norm])
+                part = self.facts.outcome(half.parts)
+                whole.losses += part.losses
+                whole.weights += part.weights
+                whole.right += part.right
+                whole.judged += part.judged
+                whole.answers += part.answers
+        finally:
+            for norm in self.norms:
+                _put(norm, self.held[norm])
+        return whole
+
+    def swapped(self) -> _Study:
+        """The same with each half judged with the statistics of its own."""
+        one, other = self.halves
+        halves = (_Half(one.parts, other.exact), _Half(other.parts, one.exact))
+        return _Study(self.facts, self.norms, halves, self.held)
+
+    def typical(self, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Study:
+        """The same with one batch of each half: the one whose gap is nearest to the mean gap.
+
+        Not the largest: that of a batch with few hard examples, which any change makes easier.
+        """
+        gaps, halves, begun = _gaps(held, exact, by_loss=by_loss), [], 0
+        mean = sum(gaps) / len(gaps)
+        away = [0.0 if math.isinf(gap) else abs(gap - mean) for gap in gaps]
+        for half in self.halves:
+            here = away[begun : begun + len(half.parts)]
+            begun += len(half.parts)
+            halves.append(_Half([half.parts[here.index(min(here))]], half.exact))
+        return _Study(self.facts, self.norms, (halves[0], halves[1]), self.held)
+
+    def variance_ratio(self, norm: NormFacts) -> float:
+        """The median channel's exact variance over the one that is held; eps added to both."""
+        return float(self._ratios(norm).median())
+
+    def worst_ratio(self, norm: NormFacts) -> tuple[int, float]:
+        """The channel whose variance is off most, and its ratio."""
+        ratios = self._ratios(norm)
+        channel = int(ratios.log().abs().argmax())
+        return channel, float(ratios[channel])
+
+    def _ratios(self, norm: NormFacts) -> Tensor:
+        held = (self.held[norm][1].double() + norm.eps).clamp(min=1e-30)
+        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).clamp(min=1e-30) / held
+
+    def shift(self, norm: NormFacts) -> float:
+        """The worst channel's distance of means, in exact standard deviations."""
+        std = (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).sqrt()
+        mean = torch.stack(self._of(norm, 0)).mean(0)
+        return float(((mean - self.held[norm][0].double()).abs() / std).max())
+
+    def suspicion(self, norm: NormFacts) -> float:
+        """How far its statistics are off, over all channels: shifts and logarithms of ratios."""
+        mean, var = (torch.stack(self._of(norm, i)).mean(0) for i in (0, 1))
+        shift = (mean - self.held[norm][0].double()) / (var + norm.eps).sqrt()
+        return float((shift.square() + self._ratios(norm).log().square()).mean())
+
+    def _of(self, norm: NormFacts, which: int) -> list[Tensor]:
+        return [half.exact[norm][which].double() for half in self.halves]
+
+
+@dataclass
+class _Shares:
+    """What part of the gap layers carry: mended alone, and one after another in their order."""
+
+    alone: dict[NormFacts, float]  # those that are off most first
+    cumulative: dict[NormFacts, float]
+    measured: str
+
+    def lead(self) -> tuple[NormFacts, float, bool]:
+        """The layer to name, its share, and whether it carries most of the gap by itself.
+
+        Of layers that mend about as much, that whose statistics are off most.
+        """
+        best = max(self.alone.values())
+        if best >= LEADS:
+            lead = next(norm for norm, share in self.alone.items() if share >= LIKE_BEST * best)
+            return lead, self.alone[lead], True
+        worst = max(self.cumulative, key=lambda norm: self.cumulative[norm])
+        return worst, self.cumulative[worst], False
+
+
+def train_eval_gap(facts: Facts) -> Iterator[Found]:
+    """Running statistics that do not fit the data, and the layers that carry the harm."""
+    norms = _norms(facts)
+    cut = _cut(facts)
+    norms, few = _fed(facts, norms, cut)
+    study = _study(facts, norms, cut)
+    held = study.judged(()) if len(facts.batches) < 2 else _in_order_of(study, facts.held)
+    exact = study.judged(norms)
+    harm = _harm(study, held, exact)
+    if harm is None:
+        return
+    shares = _shared(study, held, exact, by_loss=harm.by_loss)
+    lead, share, alone = shares.lead()
+    severity = harm.severity
+    ratio = study.variance_ratio(lead)
+    if severity == "note" and study.suspicion(lead) > WRONG_BY:
+        severity = "warning"
+    where = lead.name or "(model)"
+    sits = f"{min(max(share, 0), 1):.0%} of the gap sits in {where}"
+    if not alone:
+        sits = f"no layer carries the gap alone; the most of it, {share:.0%}, sits in {where}"
+    evidence = harm.evidence | _told_shares(study, shares)
+    evidence["exact over running variance"] = ratio
+    evidence["shift of the mean in standard deviations"] = study.shift(lead)
+    evidence["measured on"] = shares.measured
+    if few:
+        evidence["layers left out for too few values"] = few
+    cause = f"{sits}, whose {_told(study, lead)}"
+    yield Found(lead.name, severity, cause, evidence, lambda: _recalibrate(facts))
+
+
+# -- what can be looked at ------------------------------------------------------------------------
+
+
+def _norms(facts: Facts) -> list[NormFacts]:
+    """The batch norms that recalibration would change, in the order of the forward."""
+    norms = [n for n in facts.batch_norms if n.tracked is not None and n.seen]
+    if not norms:
+        raise NotApplicable("no batch norm with running statistics was called")
+    if facts.untrained:
+        raise NotApplicable("the model has not been trained: its statistics are the initial ones")
+    held = [statistic for n in norms for statistic in (n.tracked or ())[:2]]
+    if not all(bool(torch.isfinite(statistic).all()) for statistic in held):
+        raise NotApplicable("statistics that are not finite hide the gap; see TN102")
+    if not facts.held.losses and all(answers is None for answers in facts.held.answers):
+        raise NotApplicable("the model's output holds no loss, and no tensor with answers")
+    free = set(recalibration.chosen(facts.model))
+    norms = [norm for norm in norms if norm.module in free]
+    if not norms:
+        raise NotApplicable("every batch norm with running statistics is frozen")
+    assert facts.flow is not None
+    order = {call.module: i for i, call in reversed(list(enumerate(facts.flow.calls)))}
+    return sorted(norms, key=lambda norm: order.get(norm.name, len(order)))
+
+
+def _cut(facts: Facts) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
+    """Numbered batches in two halves; a single batch is cut by its examples.
+
+    By the parity of the bits of a batch's number (Thue and Morse): two kinds of batches in turn
+    come into both halves alike.
+    """
+    if len(facts.batches) > 1:
+        halves: tuple[list[tuple[int, Any]], list[tuple[int, Any]]] = ([], [])
+        for number, batch in enumerate(facts.batches):
+            halves[number.bit_count() % 2].append((number, batch))
+        return halves
+    (batch,) = facts.batches
+    examples = examples_of(batch)
+    if examples < 2:
+        raise NotApplicable("one example; exact statistics need others to be judged on")
+    parts = [part_of(batch, slice(i, None, 2), examples) for i in (0, 1)]
+    try:
+        facts.outcome(list(enumerate(parts)))
+    except Exception as error:  # a model may need the batch whole
+        why = f"a single batch, and half of it cannot be given to the model: {error}"
+        raise NotApplicable(why) from None
+    return [(0, parts[0])], [(1, parts[1])]
+
+
+def _fed(
+    facts: Facts, norms: list[NormFacts], cut: tuple[list[tuple[int, Any]], ...]
+) -> tuple[list[NormFacts], int]:
+    """The layers that get enough values in each half, and the number of the others."""
+    single = len(facts.batches) == 1
+
+    def values(norm: NormFacts) -> float:
+        if single:
+            return sum(float(s.moments.count.max()) for s in norm.seen) / 2
+        numbers = [{number for number, _ in half} for half in cut]
+        return min(
+            sum(float(s.moments.count.max()) for s in norm.seen if s.batch in half)
+            for half in numbers
+        )
+
+    counts = {norm: values(norm) for norm in norms}
+    enough = [norm for norm in norms if counts[norm] >= LEAST_VALUES]
+    if not enough:
+        least = max(counts.values())
+        raise NotApplicable(
+            f"too few data: half of them give a channel {least:.0f} values, exact statistics need "
+            f"{LEAST_VALUES}"
+        )
+    return enough, len(norms) - len(enough)
+
+
+# -- exact statistics -----------------------------------------------------------------------------
+
+
+def _study(
+    facts: Facts, norms: list[NormFacts], cut: tuple[list[tuple[int, Any]], list[tuple[int, Any]]]
+) -> _Study:
+    held = {norm: _statistics(norm) for norm in norms}
+    fits = []
+    for half in cut:
+        try:
+            _settle(facts, norms, [batch for _, batch in half])
+            fits.append({norm: _statistics(norm) for norm in norms})
+        finally:
+            for norm in norms:
+                _put(norm, held[norm])
+    return _Study(facts, norms, (_Half(cut[0], fits[1]), _Half(cut[1], fits[0])), held)
+
+
+def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
+    """Exact statistics of all layers: in one pass where the batches can be joined to one."""
+    assert facts.call is not None
+    layers: Any = [norm.module for norm in norms]
+    calls = [facts.call.prepare(batch) for batch in batches]
+    call = Call(facts.inner, device=facts.call.device, arguments=lambda b: (b.args, b.kwargs))
+    # A norm without statistics mixes what is joined.
+    apart = any(norm.tracked is None for norm in facts.batch_norms)
+    joined = None if apart else _joined(calls)
+    # Objects that calling does not look into.
+    every = [SimpleNamespace(args=c.args, kwargs=c.kwargs) for c in calls]
+    if joined is not None:
+        held = [_statistics(norm) for norm in norms]
+        one = SimpleNamespace(args=joined.args, kwargs=joined.kwargs)
+        try:
+            recalibration.settle(call, layers, [one])
+        except Exception:  # of a model that takes batches of one size, or is out of memory
+            for norm, statistics in zip(norms, held, strict=True):
+                _put(norm, statistics)
+        else:
+            return
+    recalibration.settle(call, layers, every)
+
+
+def _joined(calls: list[Prepared]) -> Prepared | None:
+    """All batches as one, if they are of tensors with an entry for each example, and not too large.
+
+    Anything else, as a number or None, must be the same in all.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    if sum(t.numel() for c in calls for t in tensors_in((c.args, c.kwargs))) > MOST_JOINED:
+        return None
+    first = calls[0]
+    if any(len(c.args) != len(first.args) or c.kwargs.keys() != first.kwargs.keys() for c in calls):
+        return None
+    sizes = [examples_of((c.args, c.kwargs)) for c in calls]
+    args = [_concatenated([c.args[i] for c in calls], sizes) for i in range(len(first.args))]
+    kwargs = {k: _concatenated([c.kwargs[k] for c in calls], sizes) for k in first.kwargs}
+    if any(value is _APART for value in (*args, *kwargs.values())):
+        return None
+    return Prepared(tuple(args), kwargs)
+
+
+_APART = object()
+
+
+def _concatenated(values: list[Any], sizes: list[int]) -> Any:
+    first = values[0]
+    if not isinstance(first, Tensor):
+        plain = first is None or isinstance(first, (bool, int, float, str))
+        return first if plain and all(value == first for value in values) else _APART
+    alike = all(
+        isinstance(v, Tensor)
+        and v.ndim
+        and len(v) == n
+        and v.shape[1:] == first.shape[1:]
+        and v.dtype == first.dtype
+        for v, n in zip(values, sizes, strict=True)
+    )
+    return torch.cat(values) if alike else _APART
+
+
+def _statistics(norm: NormFacts) -> Statistics:
+    mean, var, _ = norm.tracked  # type: ignore[misc]
+    return mean.detach().clone(), var.detach().clone()
+
+
+def _put(norm: NormFacts, which: Statistics) -> None:
+    mean, var, _ = norm.tracked  # type: ignore[misc]
+    mean.data.copy_(which[0])
+    var.data.copy_(which[1])
+
+
+def _recalibrate(facts: Facts) -> None:
+    """On all of the data: without targets nothing is held out."""
+    assert facts.call is not None
+    bare = [SimpleNamespace(call=facts.call.prepare(batch)) for batch in facts.batches]
+    recalibration.recalibrate(
+        facts.model, bare, arguments=lambda batch: (batch.call.args, batch.call.kwargs)
+    )
+
+
+# -- the harm -------------------------------------------------------------------------------------
+
+
+class _Harm(NamedTuple):
+    by_loss: bool
+    severity: Severity
+    evidence: dict[str, Any]
+
+
+def _in_order_of(study: _Study, outcome: Outcome) -> Outcome:
+    """The outcome of batches 0, 1, ... in the order of the halves."""
+    order = [number for half in study.halves for number, _ in half.parts]
+    told = Outcome(right=outcome.right, judged=outcome.judged)
+    told.answers = [outcome.answers[number] for number in order]
+    told.losses, told.weights = outcome.losses, outcome.weights
+    if len(outcome.losses) == len(order):
+        told.losses = [outcome.losses[number] for number in order]
+        told.weights = [outcome.weights[number] for number in order]
+    return told
+
+
+def _gaps(held: Outcome, exact: Outcome, *, by_loss: bool) -> list[float]:
+    """What each batch contributes to the harm; the same for all where that is not known."""
+    batches = len(held.answers)
+    gaps: list[float] = []
+    if by_loss and len(held.losses) == len(exact.losses) == batches:
+        gaps = [a - b for a, b in zip(held.losses, exact.losses, strict=True)]
+    elif not by_loss:
+        pairs = zip(held.answers, exact.answers, strict=True)
+        gaps = [_distance([a], [b]) or 0.0 for a, b in pairs]
+    gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
+    return gaps or [0.0] * batches
+
+
+def _harm(study: _Study, held: Outcome, exact: Outcome) -> _Harm | None:
+    """What the running statistics do worse than exact ones; None if nothing."""
+    now, best = held.loss, exact.loss
+    known = now is not None and best is not None
+    if best is not None and not math.isfinite(best):
+        raise NotApplicable(f"the loss is {best} with exact statistics, too")
+    evidence: dict[str, Any] = {}
+    if known:
+        evidence |= {"loss with running statistics": now, "loss with exact statistics": best}
+    drop = 0.0
+    if held.accuracy is not None and exact.accuracy is not None:
+        drop = exact.accuracy - held.accuracy
+        evidence["accuracy with running statistics"] = held.accuracy
+        evidence["accuracy with exact statistics"] = exact.accuracy
+    if now is not None and best is not None:
+        gap = now - best
+        if not gap <= GAP_SHARE * abs(best) + GAP_LEAST:  # so that NaN is one
+            severe = not gap <= GAP_SEVERE or drop > ACCURACY_SEVERE
+            return _Harm(True, "error" if severe else "warning", evidence)
+    distance = _distance(held.answers, exact.answers)
+    if distance is None:
+        if known:
+            return None
+        raise NotApplicable("answers of other shapes with other statistics, and no loss")
+    if math.isnan(distance):
+        raise NotApplicable("the model's answers are not finite")
+    if not distance > OUTPUT_GAP:
+        return None
+    noise = _distance(exact.answers, study.swapped().judged(study.norms).answers)
+    if noise is None or not distance > OUTPUT_NOISE * noise:
+        return None
+    evidence["distance of answers over their size"] = distance
+    if drop > ACCURACY_SEVERE:
+        return _Harm(False, "error", evidence)
+    return _Harm(False, "note" if known else "warning", evidence)
+
+
+def _distance(answers: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> float | None:
+    """Root mean square difference over the size of ``exact``; None if none can be compared."""
+    apart = size = 0.0
+    compared = False
+    for a, b in zip(answers, exact, strict=True):
+        if a is not None and b is not None and a.shape == b.shape:
+            compared = True
+            apart += float((a.double() - b.double()).square().sum())
+            size += float(b.double().square().sum())
+    if not compared:
+        return None
+    return math.sqrt(apart / size) if size else 0.0 if not apart else math.inf
+
+
+# -- whose it is ----------------------------------------------------------------------------------
+
+
+def _shared(study: _Study, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Shares:
+    """Share the gap out to the layers whose statistics are off most."""
+    trial = _Trial.of(study.typical(held, exact, by_loss=by_loss), by_loss=by_loss)
+    most, judged, total = MOST_SUSPECTS, 2, sum(len(half.parts) for half in study.halves)
+    if trial.gap < FAIR * _Trial(study, held, exact, by_loss).gap:
+        trial, most, judged = _Trial(study, held, exact, by_loss), MOST_TOLD, total
+    suspects = sorted(study.norms, key=study.suspicion, reverse=True)[:most]
+    alone = {n: trial.part(trial.now, trial.harm({n})) for n in suspects}
+    ranked = sorted(suspects, key=lambda norm: alone[norm], reverse=True)
+    if alone[ranked[0]] >= LEADS:  # then of three layers is enough told
+        ranked = ranked[:MOST_TOLD]
+    cumulative, mended, before = {}, set[NormFacts](), trial.now
+    for norm in (n for n in study.norms if n in ranked):
+        mended.add(norm)
+        after = trial.least if len(mended) == len(study.norms) else trial.harm(mended)
+        cumulative[norm] = trial.part(before, after)
+        before = after
+    measured = f"{judged} of {total} batches"
+    if len(study.facts.batches) == 1:
+        measured = "halves of one batch"
+    if len(suspects) < len(study.norms):
+        layers = f"{len(suspects)} of {len(study.norms)} layers"
+        measured += f", {layers}, whose statistics are off most"
+    return _Shares(alone, cumulative, measured)
+
+
+@dataclass
+class _Trial:
+    """The harm done by some statistics, between that of held and that of exact ones."""
+
+    study: _Study
+    held: Outcome
+    exact: Outcome
+    by_loss: bool
+
+    @classmethod
+    def of(cls, study: _Study, *, by_loss: bool) -> _Trial:
+        return cls(study, study.judged(()), study.judged(study.norms), by_loss)
+
+    def harm(self, mended: Collection[NormFacts]) -> float:
+        return self._of(self.study.judged(mended))
+
+    def _of(self, outcome: Outcome) -> float:
+        distance = None if self.by_loss else _distance(outcome.answers, self.exact.answers)
+        harm = outcome.loss if self.by_loss else distance
+        return math.inf if harm is None or not math.isfinite(harm) else harm
+
+    @property
+    def now(self) -> float:
+        return self._of(self.held)
+
+    @property
+    def least(self) -> float:
+        return self._of(self.exact)
+
+    @property
+    def gap(self) -> float:
+        return self.now - self.least
+
+    def part(self, before: float, after: float) -> float:
+        """What part of the gap a change from ``before`` to ``after`` takes off."""
+        if math.isinf(before):  # a loss that is not finite: all of it, or nothing
+            return 0.0 if math.isinf(after) else 1.0
+        if math.isinf(after):
+            return -1.0
+        return (before - after) / self.gap if self.gap > 0 and math.isfinite(self.gap) else 0.0
+
+
+def _told_shares(study: _Study, shares: _Shares) -> dict[str, Any]:
+    """The three largest shares, alone, and cumulative in the order of the forward."""
+    told: dict[str, Any] = {}
+    told_of = sorted(shares.cumulative, key=lambda n: -max(shares.alone[n], shares.cumulative[n]))
+    for norm in told_of[:MOST_TOLD]:
+        told[f"share of {norm.name or '(model)'} alone"] = shares.alone[norm]
+        told[f"share of {norm.name or '(model)'} in turn"] = shares.cumulative[norm]
+    return told
+
+
+def _told(study: _Study, norm: NormFacts) -> str:
+    ratio, shift = study.variance_ratio(norm), study.shift(norm)
+    if max(ratio, 1 / ratio) > TOLD_RATIO:
+        return f"running variance is {_times(ratio)}"
+    channel, ratio = study.worst_ratio(norm)
+    if shift < TOLD_SHIFT and max(ratio, 1 / ratio) > TOLD_RATIO:
+        return f"running variance is {_times(ratio)} in channel {channel}"
+    return f"running mean is off by {shift:.1f} standard deviations"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x too small" if ratio > 1 else f"{1 / ratio:.1f}x too large"

@@ -1,0 +1,1 @@
+"""Who wrote which statistic, and when: a model watched while it trains."""

@@ -1,0 +1,1 @@
+"""The layers, what surrounds them (conversion, recalibration, commits), and their arithmetic."""

@@ -1,0 +1,215 @@
+"""The other normalizations: torch.nn's layers with masks, and what torch lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+
+from truenorm.errors import InputError
+from truenorm.layers import functional
+from truenorm.layers.batch_norm import BATCH_NORMS
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``x`` (N, C, *S) times a weight plus a bias of each channel."""
+    along_channels = (-1, *(1,) * (x.ndim - 2))
+    if weight is not None:
+        x = x * weight.view(along_channels)
+    return x if bias is None else x + bias.view(along_channels)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch.nn.GroupNorm of (N, C, *S), with a mask (Wu and He 2018).
+
+    Each example's channels are normalized in groups, over the positions that are valid.
+    """
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``input`` (N, C, *S); ``mask`` as for :class:`truenorm.BatchNorm`."""
+        if mask is None:
+            return super().forward(input)
+        return _masked_groups(input, mask, self.num_groups, (self.weight, self.bias), self.eps)
+
+
+def _masked_groups(
+    input: Tensor,
+    mask: Tensor,
+    groups: int,
+    affine: tuple[Tensor | None, Tensor | None],
+    eps: float,
+) -> Tensor:
+    mask = functional.valid(mask, input)
+    if input.shape[1] % groups:
+        raise InputError(f"expected channels divisible by {groups}, got {tuple(input.shape)}.")
+    x = functional.wide(torch.where(mask, input, 0))
+    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
+    mean, var = functional.masked_moments(grouped, cells, tuple(range(2, grouped.ndim)))
+    normed = ((grouped - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
+    return torch.where(mask, _affine(normed, *affine).to(input.dtype), 0)
+
+
+class _MaskedInstanceNorm(_InstanceNorm):
+    """Instance norm with a mask, and faster than torch's on channels-last memory."""
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``input`` (N, C, *S); ``mask`` as for :class:`truenorm.BatchNorm`."""
+        batched = input.ndim == self._get_no_batch_dim() + 1  # type: ignore[no-untyped-call]
+        if mask is not None:
+            if self.track_running_stats or not batched:
+                raise InputError(
+                    "a mask needs input with a batch axis and track_running_stats=False, got "
+                    f"input of shape {tuple(input.shape)} and {self.track_running_stats}."
+                )
+            affine = (self.weight, self.bias)
+            return _masked_groups(input, mask, input.shape[1], affine, self.eps)
+        # Instance norm is group norm with a group for each channel, whose kernel knows the layout.
+        rows = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        if rows and not self.track_running_stats and input.shape[1] == self.num_features:
+            return F.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+        return super().forward(input)
+
+
+class InstanceNorm1d(_MaskedInstanceNorm, nn.InstanceNorm1d):
+    """torch.nn.InstanceNorm1d with a mask."""
+
+
+class InstanceNorm2d(_MaskedInstanceNorm, nn.InstanceNorm2d):
+    """torch.nn.InstanceNorm2d with a mask, and faster on channels-last memory."""
+
+
+class InstanceNorm3d(_MaskedInstanceNorm, nn.InstanceNorm3d):
+    """torch.nn.InstanceNorm3d with a mask."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm with a mask."""
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize the trailing axes of ``input``.
+
+        Args:
+            input: (*, normalized_shape).
+            mask: bool, True where valid: one value for each normalized vector, (*), or with as
+                many axes as the input. Invalid values are not seen, and zero in the output.
+        """
+        if mask is None:
+            return super().forward(input)
+        axes = tuple(range(input.ndim - len(self.normalized_shape), input.ndim))
+        if mask.ndim == axes[0]:
+            mask = mask.view(*mask.shape, *(1,) * len(axes))
+        if mask.dtype != torch.bool or mask.ndim != input.ndim:
+            raise InputError(
+                f"mask must be bool with {axes[0]} or {input.ndim} axes for input of shape "
+                f"{tuple(input.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        x = functional.wide(torch.where(mask, input, 0))
+        mean, var = functional.masked_moments(x, mask, axes)
+        out = (x - mean) * torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            out = out * self.weight
+        if self.bias is not None:
+            out = out + self.bias
+        return torch.where(mask, out.to(input.dtype), 0)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization of (N, C, *S), an example at a time.
+
+    y = x / sqrt(mean(x^2 over C and S) + eps) * weight, with one weight per channel
+    (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). ``torch.nn.RMSNorm``
+    normalizes trailing axes only and would need one weight per position of an image.
+    """
+
+    def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_channels, self.eps = num_channels, eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
+        axes = tuple(range(1, x.ndim))
+        values, count = functional.wide(x), None
+        if mask is not None:
+            mask = functional.valid(mask, x)
+            values = torch.where(mask, values, 0)
+            count = mask.expand(x.shape).sum(axes, keepdim=True).clamp(min=1)
+        square = values.square()
+        mean = square.mean(axes, keepdim=True) if count is None else square.sum(axes, True) / count
+        out = _affine(values * torch.rsqrt(mean + self.eps), self.weight, None)
+        return out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.num_channels}, eps={self.eps}"
+
+
+class _StandardizedWeight(nn.Module):
+    """The parametrization behind :func:`weight_standardization`."""
+
+    def __init__(self, axis: int, eps: float) -> None:
+        super().__init__()
+        self.axis, self.eps = axis, eps
+
+    def forward(self, weight: Tensor) -> Tensor:
+        axes = [a for a in range(weight.ndim) if a != self.axis]
+        mean = weight.mean(axes, keepdim=True)
+        centred = weight - mean
+        var = centred.square().mean(axes, keepdim=True)
+        return centred * torch.rsqrt(var + self.eps)
+
+
+def weight_standardization(module: nn.Module, name: str = "weight", *, eps: float = 1e-5) -> Any:
+    """Parametrize ``module`` so that each output channel's weights have mean 0 and variance 1.
+
+    w_hat = (w - mean) / sqrt(var + eps), over all but the output axis (Qiao et al. 2019,
+    https://arxiv.org/abs/1903.10520). Undone by
+    ``torch.nn.utils.parametrize.remove_parametrizations``.
+
+    Args:
+        module: a convolution, transposed convolution or linear layer.
+        name: the parameter.
+        eps: added to the variance.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        InputError: no such parameter, or one with fewer than two axes, or a transposed
+            convolution in groups, whose output channels share rows.
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        raise InputError(
+            f"weight standardization needs a parameter of at least two axes, got {name!r} of "
+            f"{type(module).__name__}."
+        )
+    transposed = getattr(module, "transposed", False)
+    if transposed and getattr(module, "groups", 1) != 1:
+        raise InputError("weight standardization of a transposed convolution needs groups=1.")
+    standardized = _StandardizedWeight(1 if transposed else 0, eps)
+    return parametrize.register_parametrization(module, name, standardized)
+
+
+def groups_of(channels: int) -> int:
+    """Groups for group norm: the most, up to 32, that leave each at least 4 channels.
+
+    32 is the paper's number (Wu and He 2018); with one value a group, a vector would be
+    normalized to zero.
+    """
+    return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
+
+
+NORMS: tuple[type[nn.Module], ...] = (
+    *BATCH_NORMS,
+    _InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    RMSNorm,
+)

@@ -1,0 +1,675 @@
+"""Exact running statistics from data, for any model: measured before and after, undone if worse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+from torch.utils.data import DataLoader, IterableDataset
+
+from truenorm.calling.borrowing import Randoms, borrowed, eager, to_eval, unwrapped
+from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, examples_of, loss_of
+from truenorm.errors import InputError
+from truenorm.layers import functional
+from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.functional import Moments, widest
+from truenorm.layers.ranks import Ranks
+
+T = TypeVar("T")
+SAME = 1e-12  # relative; what differs by less is rounding in float64
+
+
+class Measured(NamedTuple):
+    """What a model does on the held-out batches; None where nothing says how to measure it."""
+
+    loss: float | None
+    accuracy: float | None
+    examples: int
+
+
+class Row(NamedTuple):
+    """What became of one layer's statistics.
+
+    Attributes:
+        layer: its dotted name, as in ``named_modules()``; "" is the model itself.
+        drift: how far the mean moved, in running standard deviations, sqrt(var + eps) before;
+            the largest of all channels.
+        ratio: var + eps after by that before, or its inverse if that is larger; likewise.
+        values: pooled per channel, over all batches, calls and ranks.
+        note: what is worth knowing about it.
+    """
+
+    layer: str
+    drift: float
+    ratio: float
+    values: int
+    note: str = ""
+
+
+class Left(NamedTuple):
+    """A batch norm that was left as it is, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """The model and what became of its running statistics.
+
+    Attributes:
+        model: the model given, changed in place.
+        rows: a row for each layer with new statistics, in the order of ``named_modules()``.
+        left: the other batch norms.
+        passes: over the data.
+        batches: in one pass, over all ranks, without those held out.
+        before, after: loss and accuracy on the held-out batches; None if there were none.
+        kept: whether the model has the new statistics; if not, all is as it was.
+        reason: why they are not kept, or what else is to be known; often empty.
+    """
+
+    model: nn.Module
+    rows: tuple[Row, ...]
+    left: tuple[Left, ...]
+    passes: int
+    batches: int
+    before: Measured | None
+    after: Measured | None
+    kept: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        done = "recalibrated" if self.kept else "measured and left as they were"
+        head = (
+            f"{len(self.rows)} of {len(self.rows) + len(self.left)} batch norms {done}; "
+            f"batches: {self.batches}, passes: {self.passes}"
+        )
+        lines = [head, *self._told()]
+        if self.rows:
+            cells = [("layer", "mean drift", "variance ratio", "values", "")]
+            cells += [
+                (r.layer or "(model)", f"{r.drift:.3g} sd", f"{r.ratio:.3g}", f"{r.values}", r.note)
+                for r in self.rows
+            ]
+            first, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+            lines += [
+                f"  {c[0]:<{first}}  "
+                + "  ".join(f"{v:>{w}}" for v, w in zip(c[1:4], widths, strict=False))
+                + (f"  {c[4]}" if c[4] else "")
+                for c in cells
+            ]
+        lines += [f"  {it.layer or '(model)'} left as it is: {it.reason}" for it in self.left]
+        return "\n".join(lines)
+
+    def _told(self) -> list[str]:
+        told = [f"  {self.reason}"] if self.reason else []
+        if self.before is None or self.after is None:
+            return told
+        parts = []
+        if self.before.loss is not None and self.after.loss is not None:
+            parts.append(f"loss {self.before.loss:.6g} -> {self.after.loss:.6g}")
+        if self.before.accuracy is not None and self.after.accuracy is not None:
+            parts.append(f"accuracy {self.before.accuracy:.2%} -> {self.after.accuracy:.2%}")
+        if parts:
+            told.insert(0, f"  held out, {self.after.examples} examples: {', '.join(parts)}")
+        return told
+
+
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    exact: bool = True,
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+    arguments: Arguments | None = None,
+    keep_worse: bool = False,
+) -> Recalibration:
+    """Give every batch norm of ``model`` the running statistics of its inputs over all of ``data``.
+
+    Mean and UNBIASED variance (n / (n - 1)) of all values, in float64 by Chan's formula, each
+    batch weighted by its values. ``num_batches_tracked`` becomes the number of batches; or, if
+    that is more, the number after which a constructor's initial values would weigh no more than a
+    half with the layer's momentum, since nothing of them is left. Layers are torch.nn's batch
+    norms, SyncBatchNorm and TrueNorm's; a mask given to one of TrueNorm's is respected; a layer
+    called several times in a forward pools its calls.
+
+    The exact form goes through the data once for each layer in a chain, and once more to see that
+    nothing changes: every layer then has the statistics of the inputs that inference gives it,
+    with running statistics in the layers before and no dropout. ``exact=False`` goes once: each
+    layer is normalized by the batch's own mean and unbiased variance, as in training, but without
+    dropout. The first layer's statistics are exact even so; those of the layers behind it are of
+    inputs normalized by noisy statistics, the more so the smaller the batches. A single batch
+    makes both the same, so that one pass is enough unless a layer is called twice.
+
+    Left alone, with the reason in the result: what is ``frozen=True``; a norm in eval mode within
+    a model in train mode whose affine parameters, if any, need no gradient; within a model in eval
+    mode, where modes tell nothing, a norm whose affine parameters need no gradient while other
+    parameters of the model do; a norm without tracked statistics, or that is never called. A batch
+    in which the input of a layer is not finite does not count for that layer.
+
+    Modes, random states (torch, numpy, Python; those of a DataLoader's own generators), gradients
+    and all other buffers are as before, and after any exception so are the statistics, to the bit.
+    Every pass begins from the same random state, so a loader that shuffles or augments in this
+    process repeats itself. With torch.distributed in use, every rank calls this with its share of
+    the data, which may be of any number of batches; statistics and measurements are joint.
+
+    Args:
+        model: any model; it stays on its device.
+        data: batches, see :class:`truenorm.calling.call.Call`; a one-shot iterator is put into a
+            list, ``max_batches`` long at most.
+        held_out: batches with targets, to measure loss and accuracy in eval mode before and
+            after. None: if the batches of ``data`` have targets, every tenth of them (at least
+            one, if there are two) is held out for this and not used for the statistics.
+        loss: ``loss(output, target)``, instead of what the output or the target suggests.
+        exact: see above.
+        max_batches: of ``data``, to use at most; the tenth held out is of these.
+        device: where batches go; None for where the model is.
+        arguments: makes the model's arguments of a batch, see :class:`truenorm.calling.call.Call`.
+        keep_worse: keep the new statistics even if the loss on the held-out batches is higher
+            than before; else the old ones are restored and the result says so.
+
+    Raises:
+        InputError: no batch norm, a lazy one that has not been called yet, no data, or held-out
+            batches on which no loss can be measured.
+    """
+    inner = unwrapped(model)
+    if max_batches is not None and max_batches < 1:
+        raise InputError(f"max_batches must be at least 1 or None, got {max_batches!r}.")
+    norms, left = _chosen(model)
+    call = Call(inner, device=device, arguments=arguments)
+    world = _World(call.device)
+    randoms = Randoms(data, held_out)
+    with borrowed(inner, randoms, parameters=False) as loan, torch.no_grad(), eager(inner):
+        to_eval(inner)
+        batches, held = world.jointly(lambda: _divided(data, held_out, max_batches, call, randoms))
+        (total,) = world.counts(len(batches))
+        if not total:
+            raise InputError("recalibrate needs at least one batch, and data has none.")
+        watched = any(world.counts(held is not None))
+        before = _measured(call, held, loss, world) if watched else None
+        if held_out is not None and before is not None and before.loss is None:
+            raise InputError(
+                "no loss can be measured on held_out; give batches with targets, or loss=."
+            )
+        old = {layer: _statistics(layer) for layer in norms}
+        settled = _settle(call, norms, batches, world, total=total, exact=exact)
+        rows = _rows(norms, settled.seen, old, total, left)
+        after = _measured(call, held, loss, world) if watched else None
+        kept = keep_worse or not _worse(before, after)
+        written = {row.layer for row in rows}
+        loan.keep = {layer for layer, name in norms.items() if kept and name in written}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    left.sort(key=lambda it: order[it.layer])
+    reason = "; ".join(filter(None, (_reason(before, after, kept=kept), _moving(settled))))
+    told = (tuple(rows), tuple(left), settled.passes, total, before, after)
+    return Recalibration(model, *told, kept, reason)
+
+
+def _worse(before: Measured | None, after: Measured | None) -> bool:
+    """Whether the loss rose, beyond rounding. Nothing is worse than NaN."""
+    if before is None or after is None or before.loss is None or math.isnan(before.loss):
+        return False
+    return after.loss is None or not after.loss <= before.loss + SAME * abs(before.loss)
+
+
+def _reason(before: Measured | None, after: Measured | None, *, kept: bool) -> str:
+    if not kept:
+        return (
+            "the held-out loss would be higher than before, so the old statistics stay; "
+            "keep_worse=True takes the new ones even so"
+        )
+    if _worse(before, after):
+        return "the held-out loss is higher than before; kept as keep_worse=True asks"
+    if before is None:
+        return "nothing was held out: whether the model is better was not measured"
+    return "no loss could be measured on what was held out" if before.loss is None else ""
+
+
+def _moving(settled: _Settled) -> str:
+    if settled.still:
+        return ""
+    return (
+        "the last pass still moved the statistics: the data differ from pass to pass, or a layer "
+        "works on what comes of its own output"
+    )
+
+
+def chosen(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``model`` that :func:`recalibrate` would give new statistics."""
+    learns = any(p.requires_grad for p in model.parameters())
+    named = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    return [m for m in named if not _why_left(m, training=model.training, learns=learns)]
+
+
+@torch.no_grad()
+def settle(call: Call, layers: Collection[_BatchNorm], batches: Sequence[Any]) -> None:
+    """Write into ``layers`` the exact statistics of ``batches``, of this process alone.
+
+    The caller has put the model in eval mode and gives back what it borrows. Values are read in
+    float32, which is enough to tell statistics that fit from others; a single batch takes one pass.
+    """
+    world = _World(call.device, alone=True)
+    _settle(call, layers, batches, world, total=len(batches), exact=True, to=functional.wide)
+
+
+# -- which layers -------------------------------------------------------------------------------
+
+
+def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
+    """The batch norms to recalibrate with their names, and those to leave."""
+    named = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if not named:
+        raise InputError("the model has no batch norm, so there is nothing to recalibrate.")
+    learns = any(p.requires_grad for p in model.parameters())
+    norms, left = {}, []
+    for layer, name in named.items():
+        if isinstance(layer.running_mean, UninitializedBuffer):
+            raise InputError(
+                f"{name or 'the model'} is lazy; call the model once on a batch first."
+            )
+        reason = _why_left(layer, training=model.training, learns=learns)
+        if reason:
+            left.append(Left(name, reason))
+        else:
+            norms[layer] = name
+    return norms, left
+
+
+def _why_left(layer: _BatchNorm, *, training: bool, learns: bool) -> str:
+    """Why ``layer`` keeps its statistics, or "" if it does not."""
+    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
+        return "tracks no running statistics"
+    if isinstance(layer, BatchNorm) and layer.options.frozen:
+        return "is frozen"
+    fixed = not any(p.requires_grad for p in layer.parameters())
+    if training and fixed and not layer.training:
+        return "is frozen: in eval mode within a model in train mode, and without a gradient"
+    if not training and fixed and learns and layer.affine:
+        return "is frozen: its weight and bias need no gradient, others of the model do"
+    return ""
+
+
+# -- data ---------------------------------------------------------------------------------------
+
+
+class _Batches:
+    """Some batches of ``source``; each time through begins from the same random state."""
+
+    def __init__(self, source: Iterable[Any], randoms: Randoms, numbers: Collection[int]) -> None:
+        self._source, self._randoms, self._numbers = source, randoms, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._randoms.rewind()
+        end = max(self._numbers, default=-1) + 1
+        batches = enumerate(itertools.islice(iter(self._source), end))
+        return (batch for number, batch in batches if number in self._numbers)
+
+    def without(self, held: Collection[int]) -> tuple[_Batches, _Batches]:
+        """Those whose numbers are not in ``held``, and the others."""
+        kept = frozenset(self._numbers) - frozenset(held)
+        return (
+            _Batches(self._source, self._randoms, kept),
+            _Batches(self._source, self._randoms, frozenset(held)),
+        )
+
+
+def _batches(source: Any, most: int | None, randoms: Randoms, name: str) -> _Batches:
+    if isinstance(source, Tensor) or not isinstance(source, Iterable):
+        raise InputError(
+            f"{name} must be batches that can be iterated, got {type(source).__name__}; put a "
+            "single batch into a list."
+        )
+    if iter(source) is source:
+        source = list(itertools.islice(source, most))
+    count = _length(source)
+    if count is None:
+        randoms.rewind()
+        count = sum(1 for _ in itertools.islice(iter(source), most))
+    return _Batches(source, randoms, range(count if most is None else min(count, most)))
+
+
+def _length(source: Any) -> int | None:
+    """How many batches it says it has; None where it does not, or may be wrong, for streams."""
+    if isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset):
+        return None
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def _divided(
+    data: Any, held_out: Any, most: int | None, call: Call, randoms: Randoms
+) -> tuple[_Batches, _Batches | None]:
+    """The batches for the statistics and those held out."""
+    batches = _batches(data, most, randoms, "data")
+    if held_out is not None:
+        return batches, _batches(held_out, None, randoms, "held_out")
+    count = len(batches)
+    if count < 2 or call.prepare(next(iter(batches))).target is None:
+        return batches, None
+    return batches.without(_tenth(count))
+
+
+def _tenth(count: int) -> range:
+    """Every tenth of ``count`` batches, at least one: a loader's end may be of another kind.
+
+    The last batch, which may be small, is left to the statistics where there are others.
+    """
+    return range(min(4, count // 2), count - count % 10 if count > 10 else 10, 10)
+
+
+# -- ranks --------------------------------------------------------------------------------------
+
+
+class _World:
+    """All ranks, or this process alone. Every rank makes the same calls in the same order."""
+
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
+        self._device, self._ranks = device, Ranks()
+        self._joint = self._ranks.active and not alone
+        self.sum = self._ranks.sum if self._joint else lambda x: x
+
+    def counts(self, *numbers: float) -> list[int]:
+        """Each number summed over ranks."""
+        return [int(n) for n in self.sums(*numbers)]
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number summed over ranks."""
+        if not self._joint:
+            return list(numbers)
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        summed: list[float] = self.sum(mine).tolist()
+        return summed
+
+    def jointly(self, work: Callable[[], T]) -> T:
+        """Do ``work``; if it fails on one rank it fails on all, so that none waits for another.
+
+        Raises:
+            RuntimeError: it failed on another rank.
+        """
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        (failed,) = self.counts(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(f"recalibrate failed on {failed} other ranks; nothing was changed.")
+        return done
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: _World) -> Measured:
+    """Loss and accuracy over all examples held out on all ranks."""
+
+    def totals() -> list[float]:
+        lost, counted, right, judged, examples = 0.0, 0, 0.0, 0, 0
+        for batch in held or ():
+            output, target = call(batch)
+            n = examples_of(batch)
+            examples += n
+            value, share = loss_of(output, target, loss), accuracy_of(output, target)
+            if value is not None:
+                lost, counted = lost + n * value, counted + n
+            if share is not None:
+                right, judged = right + n * share, judged + n
+        return [lost, counted, right, judged, examples]
+
+    lost, counted, right, judged, examples = world.sums(*world.jointly(totals))
+    return Measured(
+        lost / counted if counted else None, right / judged if judged else None, int(examples)
+    )
+
+
+class _Seen:
+    """The moments of what one layer is given in a pass, (1, C) in float64, and how often."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        mean, _ = _statistics(layer)
+        self.moments = Moments(*(torch.zeros_like(widest(mean))[None] for _ in range(3)))
+        self.calls = self.skipped = 0
+
+    def add(self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]) -> Moments | None:
+        """Take in one input; None if it does not count: not finite, or not (N, C, *S)."""
+        self.calls += 1
+        if x.ndim < 2 or x.shape[1] != self.moments.mean.shape[1]:
+            self.skipped += 1  # if it is wrong, the layer itself says so best
+            return None
+        if mask is not None:
+            mask = functional.valid(mask, x)
+            x = torch.where(mask, x, 0)
+        part = functional.moments(to(x), mask)
+        if not bool(torch.isfinite(part.mean).all() & torch.isfinite(part.var).all()):
+            self.skipped += 1
+            return None
+        self.moments = functional.pool(functional.joined([self.moments, part]))
+        return part
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Copies of the running mean and variance."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.detach().clone(), layer.running_var.detach().clone()
+
+
+def _input_of(layer: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a call of ``layer`` gives it, and the mask."""
+    x: Any = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    mask: Tensor | None = None
+    if isinstance(layer, BatchNorm):
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+    return x, mask
+
+
+def _pass(
+    call: Call,
+    layers: Iterable[_BatchNorm],
+    batches: Iterable[Any],
+    *,
+    own: bool,
+    to: Callable[[Tensor], Tensor] = widest,
+) -> dict[_BatchNorm, _Seen]:
+    """What each layer is given over all batches.
+
+    Args:
+        own: each input is normalized by its own statistics instead of the running ones.
+        to: what inputs are made of before their moments are taken; sums are float64 either way.
+    """
+    seen = {layer: _Seen(layer) for layer in layers}
+
+    def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        part = seen[layer].add(*_input_of(layer, args, kwargs), to)
+        if own and part is not None:
+            _write(layer, part)
+
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in seen]
+    try:
+        for batch in batches:
+            call(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _join(seen: dict[_BatchNorm, _Seen], world: _World) -> None:
+    """Pool ``seen`` over ranks: counts and sums first, then squares about the common mean."""
+    parts = list(seen.values())
+    if not parts:
+        return
+    home = parts[0].moments.mean.device
+    count, mean, var = (torch.cat([p.moments[i][0].to(home) for p in parts]) for i in (2, 0, 1))
+    calls = count.new_tensor([[p.calls, p.skipped] for p in parts]).flatten()
+    channels = len(count)
+    first = world.sum(torch.cat([count, mean * count, calls]))
+    total, sums, calls = torch.split(first, [channels, channels, len(calls)])
+    common = sums / total.clamp(min=1)
+    squares = world.sum((var + (mean - common).square()) * count)
+    pooled = Moments(common, squares / total.clamp(min=1), total)
+    sizes = [p.moments.mean.shape[1] for p in parts]
+    split = zip(*(torch.split(column, sizes) for column in pooled), strict=True)
+    for part, columns, (called, skipped) in zip(
+        parts, split, calls.view(-1, 2).tolist(), strict=True
+    ):
+        part.moments = Moments(*(c[None].to(part.moments.mean.device) for c in columns))
+        part.calls, part.skipped = int(called), int(skipped)
+
+
+def _fitting(layer: _BatchNorm, pooled: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and unbiased variance in the buffers' dtype, and in which channels they are sound.
+
+    That is, of more than one value, and finite: a half-precision buffer ends at 65504.
+    """
+    old_mean, old_var = _statistics(layer)
+    mean = pooled.mean[0].to(old_mean.dtype)
+    var = functional.unbiased(pooled.var, pooled.count)[0].to(old_var.dtype)
+    sound = (pooled.count > 1)[0] & torch.isfinite(mean) & torch.isfinite(var)
+    return torch.where(sound, mean, old_mean), torch.where(sound, var, old_var), sound
+
+
+def _write(layer: _BatchNorm, pooled: Moments) -> bool:
+    """Set the running statistics in the channels where they are sound; return if any changed."""
+    old = _statistics(layer)
+    new = _fitting(layer, pooled)[:2]
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    # .data: a backward that still waits holds the statistics, but does not look at them.
+    layer.running_mean.data.copy_(new[0])
+    layer.running_var.data.copy_(new[1])
+    return not all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+class _Settled(NamedTuple):
+    """What the last pass saw, how many there were, and whether it changed nothing any more."""
+
+    seen: dict[_BatchNorm, _Seen]
+    passes: int
+    still: bool
+
+
+def _settle(
+    call: Call,
+    norms: Collection[_BatchNorm],
+    batches: Iterable[Any],
+    world: _World,
+    *,
+    total: int,
+    exact: bool,
+    to: Callable[[Tensor], Tensor] = widest,
+) -> _Settled:
+    """Pass over the data until the statistics are those of what inference gives each layer."""
+    seen: dict[_BatchNorm, _Seen] = {}
+    most = len(norms) + 1 if norms else 0
+    for done in range(1, most + 1):
+        own = done == 1 and (total == 1 or not exact)
+        old, seen = (
+            seen,
+            world.jointly(
+                lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
+            ),
+        )
+        _join(seen, world)
+        changed = [_write(layer, seen[layer].moments) for layer in norms]
+        if own and (not exact or all(part.calls <= 1 for part in seen.values())):
+            return _Settled(seen, done, True)
+        same = done > 1 and all(_same(old[n].moments, seen[n].moments) for n in norms)
+        # Ranks must agree: before the first pass their statistics may differ.
+        if not own and not any(world.counts(any(changed) and not same)):
+            return _Settled(seen, done, True)
+    return _Settled(seen, most, not norms)
+
+
+def _same(a: Moments, b: Moments) -> bool:
+    """Whether two passes saw the same, up to rounding in float64."""
+    std = b.var.sqrt()
+    means = (a.mean - b.mean).abs() <= SAME * (b.mean.abs() + std)
+    return bool((means & ((a.var - b.var).abs() <= SAME * b.var)).all())
+
+
+# -- the result ---------------------------------------------------------------------------------
+
+
+def _rows(
+    norms: dict[_BatchNorm, str],
+    seen: dict[_BatchNorm, _Seen],
+    old: dict[_BatchNorm, tuple[Tensor, Tensor]],
+    batches: int,
+    left: list[Left],
+) -> list[Row]:
+    """A row for each layer with new statistics; the others go to ``left``."""
+    rows = []
+    for layer, name in norms.items():
+        reason = _why_unwritten(layer, seen[layer])
+        if reason:
+            left.append(Left(name, reason))
+            continue
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.data.fill_(max(batches, _half_life(layer.momentum)))
+        rows.append(_row(layer, name, seen[layer], old[layer]))
+    return rows
+
+
+def _half_life(momentum: float | None) -> int:
+    """The batches after which what came before them weighs no more than a half.
+
+    A cumulative average (None) weighs by the true number, 0 and 1 by none.
+    """
+    if momentum is None or not 0 < momentum < 1:
+        return 0
+    batches = math.ceil(math.log(0.5) / math.log1p(-momentum))
+    return batches if (1 - momentum) ** batches <= 0.5 else batches + 1
+
+
+def _why_unwritten(layer: _BatchNorm, seen: _Seen) -> str:
+    if not seen.calls:
+        return "was never called"
+    if seen.calls == seen.skipped:
+        return "no batch gave it finite input of shape (N, C, *S)"
+    if not bool((seen.moments.count > 1).any()):
+        return "saw fewer than two values per channel"
+    if not bool(_fitting(layer, seen.moments)[2].any()):
+        return "its new statistics do not fit into the dtype of its buffers"
+    return ""
+
+
+def _row(layer: _BatchNorm, name: str, seen: _Seen, old: tuple[Tensor, Tensor]) -> Row:
+    (mean, var), (new_mean, new_var) = (
+        (widest(a), widest(b)) for a, b in (old, _statistics(layer))
+    )
+    mean_dtype = str(old[0].dtype).removeprefix("torch.")
+    drift = (new_mean - mean).abs() / (var + layer.eps).sqrt()
+    drift = torch.where(new_mean == mean, 0, drift).nan_to_num(nan=math.inf)
+    ratio = (new_var + layer.eps) / (var + layer.eps)
+    ratio = torch.where(new_var == var, 1, torch.maximum(ratio, 1 / ratio)).nan_to_num(nan=math.inf)
+    notes = []
+    if not bool((torch.isfinite(mean) & torch.isfinite(var)).all()):
+        notes.append("was not finite before")
+    if seen.skipped:
+        notes.append(f"{seen.skipped} of {seen.calls} calls were not finite and do not count")
+    unsound = int((~_fitting(layer, seen.moments)[2]).sum())
+    if unsound:
+        notes.append(
+            f"{unsound} channels stay: fewer than two values, or statistics beyond {mean_dtype}"
+        )
+    values = int(seen.moments.count.max())
+    return Row(name, drift.max().item(), ratio.max().item(), values, "; ".join(notes))

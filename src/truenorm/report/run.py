@@ -1,0 +1,231 @@
+"""What a command prints: progress and a line an epoch, the result, predictions; text or JSON.
+
+With --json, stdout carries one JSON object and nothing else; all that is for people goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from truenorm.folding.export import Exported
+from truenorm.folding.fold import Folded
+from truenorm.training.fit import Epoch, Observer
+from truenorm.training.fit import Progress as Told
+from truenorm.training.job import Job
+from truenorm.training.predict import Prediction
+from truenorm.training.run import to_json, write_atomically
+
+
+@contextlib.contextmanager
+def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+    """Show a job while the body runs it: yields what to tell of progress.
+
+    In a terminal a bar with rate and time left stands under the epochs' lines; elsewhere, and
+    where CI is set, there are the lines alone.
+    """
+    if quiet:
+        yield None
+        return
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    _introduce(console, job)
+    lively = console.is_terminal and not os.environ.get("CI")
+    bar = Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not lively,
+    )
+    total = job.request.train.epochs * len(job.splits.train)
+    task = bar.add_task("", total=total, epoch="", rate="")
+
+    def observe(told: Told) -> None:
+        if told.record is not None:
+            console.print(_line(told.record, told.epochs))
+        speed = bar.tasks[task].speed
+        bar.update(
+            task,
+            completed=(told.epoch - 1) * told.total + told.done,
+            epoch=f"{told.epoch}/{told.epochs}",
+            rate=f"{speed:,.0f} examples/s" if speed else "",
+        )
+
+    with bar:
+        yield observe
+
+
+def _introduce(console: Console, job: Job) -> None:
+    splits, spec = job.splits, job.request.spec
+    config = job.request.train
+    sizes = [len(splits.train), len(splits.valid), 0 if splits.test is None else len(splits.test)]
+    shape = " x ".join(map(str, splits.input_shape))
+    smoothing = config.label_smoothing
+    smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
+    assert spec is not None
+    console.print(
+        f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
+        f"test examples of {shape}, {len(splits.classes)} classes"
+    )
+    console.print(
+        f"{spec.name}, norm {spec.norm}; {job.request.recipe} recipe: {config.optimizer} "
+        f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
+        f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
+    )
+
+
+def _line(record: Epoch, epochs: int) -> str:
+    mark = "  [green]* best[/green]" if record.best else ""
+    width = len(str(epochs))
+    return (
+        f"epoch {record.epoch:{width}}/{epochs}  train loss {record.train_loss:.4f}  "
+        f"val loss {record.valid_loss:.4f}  val accuracy {record.valid_accuracy:7.2%}  "
+        f"{record.seconds:6.1f} s{mark}"
+    )
+
+
+_STOPPED = {
+    "early": "stopped early",
+    "finished": "all epochs done",
+    "interrupted": "interrupted",
+    "nan": "stopped by a loss that is not finite",
+}
+
+
+def result(values: dict[str, Any], *, as_json: bool) -> None:
+    """Print the result of a train command, and, on stderr, what there is to mend."""
+    if as_json:
+        print(to_json(values))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in _result_lines(values):
+            console.print(line, markup=False)
+    if values["fault"]:
+        print(f"truenorm: {values['fault']}", file=sys.stderr)
+
+
+def _result_lines(values: dict[str, Any]) -> Iterator[str]:
+    ended = f"{_STOPPED[values['stopped']]} after epoch {values['epochs']}"
+    if not values["restored"]:
+        yield f"{ended}; no epoch ended with a finite validation loss, so there is nothing to keep"
+        yield from _how_to_continue(values)
+        return
+    yield (
+        f"{ended} ({values['fit_seconds']:.1f} s); restored epoch {values['best_epoch']}: "
+        f"val loss {values['val_loss']:.4f}, val accuracy {values['val_accuracy']:.2%}"
+    )
+    if values["test_accuracy"] is not None:
+        yield (
+            f"test accuracy {values['test_accuracy']:.2%} on {values['test_examples']:,} held-out "
+            "examples"
+        )
+    yield f"{values['run']}/report.html"
+    yield from _how_to_continue(values)
+
+
+def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:
+    if values["stopped"] == "interrupted":
+        yield f"continue with: truenorm train --resume {values['run']}"
+
+
+def folded(found: Folded, out: Path | None, *, as_json: bool) -> None:
+    """Print each pair with its error, what was left and why, and the error from end to end."""
+    if as_json:
+        print(to_json({**found.to_dict(), "out": None if out is None else str(out)}))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    _pairs(console, found)
+    exact = "" if found.exact is None else f", {found.exact:.1e} in float64"
+    console.print(f"largest error from end to end: {found.error:.1e} of the largest output{exact}")
+    if out is not None:
+        console.print(str(out), markup=False)
+
+
+def exported(found: Exported, *, as_json: bool) -> None:
+    """Print what was folded, and how far the file's outputs are from the model's."""
+    if as_json:
+        print(to_json(found.to_dict()))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if found.folded is not None:
+        _pairs(console, found.folded)
+    batch = "any batch size" if found.batch == "dynamic" else f"batches of {found.batch} only"
+    console.print(
+        f"{found.path}: {found.format}, {batch}; run and compared, largest error "
+        f"{found.error:.1e} of the largest output",
+        markup=False,
+    )
+
+
+def _pairs(console: Console, found: Folded) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("norm", "becomes", "error"):
+        table.add_column(name, justify="right" if name == "error" else "left", overflow="fold")
+    for pair in found.pairs:
+        whole = "a scale and shift" if pair.form == "scale and shift" else f"part of {pair.into}"
+        table.add_row(pair.norm or "(model)", whole, f"{pair.error:.1e}")
+    for left in found.left:
+        table.add_row(left.norm or "(model)", f"left: {left.reason}", "")
+    console.print(table)
+    console.print(f"{len(found.pairs)} folded, {len(found.left)} left")
+
+
+def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> None:
+    """Write predictions as CSV to ``out`` or stdout; with ``as_json``, one object on stdout.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    if out is not None:
+        write_atomically(out, lambda path: path.write_text(_csv(predicted), "utf-8"))
+    scores = predicted.scores
+    if as_json:
+        about: dict[str, Any] = {
+            "run": predicted.run,
+            "data": predicted.data,
+            "examples": len(predicted.predicted),
+            "accuracy": scores.accuracy if scores else None,
+            "loss": scores.loss if scores else None,
+            "classes": list(predicted.classes),
+            "out": None if out is None else str(out),
+        }
+        if out is None:
+            about["predicted"] = predicted.predicted
+            about["probabilities"] = predicted.probabilities.tolist()
+        print(to_json(about))
+        return
+    if out is None:
+        sys.stdout.write(_csv(predicted))
+    told = f"{len(predicted.predicted):,} examples"
+    if scores is not None:
+        told += f", accuracy {scores.accuracy:.2%}"
+    print(told, file=sys.stderr)
+
+
+def _csv(predicted: Prediction) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", *(f"p({c})" for c in predicted.classes)])
+    for label, row in zip(predicted.predicted, predicted.probabilities.tolist(), strict=True):
+        writer.writerow([label, *(f"{p:.6g}" for p in row)])
+    return text.getvalue()

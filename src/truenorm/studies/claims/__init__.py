@@ -1,0 +1,1 @@
+"""The claims made for batch norm, each a small paired study with a verdict."""

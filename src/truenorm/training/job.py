@@ -1,0 +1,184 @@
+"""The main job, whole: load, build, fit, judge, save; started anew or resumed."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from truenorm.data import sources
+from truenorm.data.datasets import Splits
+from truenorm.errors import InputError
+from truenorm.models import ModelSpec, build
+from truenorm.training import run as runs
+from truenorm.training.config import recipe as recipe_for
+from truenorm.training.evaluate import Judgement, judge
+from truenorm.training.fit import History, Observer, device_of, fit, threads
+from truenorm.training.run import Request, Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to.
+
+    ``judgement`` is None where no epoch was completed, so that nothing was learned.
+    """
+
+    history: History
+    model: nn.Module
+    result: dict[str, Any]
+    judgement: Judgement | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run folder, what was asked of it, and the data; begun anew, or resumed."""
+
+    run: Run
+    request: Request
+    splits: Splits
+    resumed: bool = False
+
+    def execute(self, observe: Observer | None = None) -> Outcome:
+        """Train, restore the best epoch, and judge it on the test part.
+
+        Raises:
+            InputError: model, data and config do not fit, or a file cannot be written; then
+                the last checkpoint is intact and the run can be resumed.
+        """
+        spec, splits = self.request.spec, self.splits
+        assert spec is not None, "only Python callers train modules without a spec"
+        config = self.request.train
+        with threads(config.threads):
+            model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
+            history = self._fit(model, observe)
+            judgement = judge(model, splits) if history.best_epoch else None
+            result = self._result(model, history, judgement)
+        return Outcome(history, model, result, judgement)
+
+    def save(self, outcome: Outcome, report: str | None = None) -> None:
+        """Write the model, the report page and last the result, which marks the run as ended.
+
+        A run that was interrupted gets no result, and can be resumed.
+
+        Raises:
+            InputError: a file cannot be written; the run can be resumed to write it.
+        """
+        if outcome.judgement is not None:
+            self.run.save_model(outcome.model, runs.describe(self.request, self.splits))
+        if report is not None:
+            self.run.save_report(report)
+        if outcome.history.stopped != "interrupted":
+            self.run.save_result(outcome.result)
+
+    def _fit(self, model: nn.Module, observe: Observer | None) -> History:
+        try:
+            return fit(model, self.splits, self.request.train, run=self.run, observe=observe)
+        except InputError:
+            if not self.resumed:
+                self.run.abandon()  # so that the mended command may use the same folder
+            raise
+
+    def _result(
+        self, model: nn.Module, history: History, judgement: Judgement | None
+    ) -> dict[str, Any]:
+        """What programs read: of train, the object that --json prints."""
+        best, splits = history.best, self.splits
+        tested = judgement.scores if judgement is not None and splits.test is not None else None
+        assert self.request.spec is not None
+        return {
+            "run": str(self.run.folder),
+            "data": self.request.data,
+            "model": self.request.spec.name,
+            "norm": self.request.spec.norm,
+            "recipe": self.request.recipe,
+            "seed": self.request.train.seed,
+            "epochs": len(history.epochs),
+            "best_epoch": history.best_epoch,
+            "stopped": history.stopped,
+            "restored": history.best_epoch > 0,
+            "train_loss": best.train_loss if best else None,
+            "val_loss": best.valid_loss if best else None,
+            "val_accuracy": best.valid_accuracy if best else None,
+            "test_loss": tested.loss if tested else None,
+            "test_accuracy": tested.accuracy if tested else None,
+            "fit_seconds": history.seconds,
+            "fault": history.fault,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_examples": len(splits.train),
+            "val_examples": len(splits.valid),
+            "test_examples": 0 if splits.test is None else len(splits.test),
+            "device": str(next(model.parameters()).device),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def start(
+    data: str,
+    spec: ModelSpec,
+    *,
+    target: str | None = None,
+    recipe: str = "default",
+    changes: dict[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Job:
+    """Load ``data``, settle the config and claim a run folder.
+
+    Args:
+        data: a data source, as :func:`truenorm.load` takes it.
+        spec: the model.
+        target: the label's column, for tables.
+        recipe: ``default`` or ``classic``.
+        changes: fields of TrainConfig that win over the recipe's.
+        folder: the run folder; by default a new one in ``runs/``, named after the job.
+
+    Raises:
+        InputError: data, model, config or folder will not do.
+    """
+    changes = changes or {}
+    recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
+    splits = sources.load(data, target=target, seed=changes.get("seed", 0))
+    source = data if data in sources.EMBEDDED else str(Path(data).absolute())
+    build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    # Another number of threads may add in another order: a resumed run must keep its own.
+    changes = {"threads": torch.get_num_threads(), **changes}
+    config = recipe_for(recipe, spec.name, len(splits.train), **changes)
+    device_of(config.device)
+    request = Request(spec, config, recipe, source, target, splits.fingerprint())
+    return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
+
+
+def resume(folder: Path) -> Job:
+    """Take up the run in ``folder`` where its last checkpoint stands.
+
+    Raises:
+        InputError: there is no such run, it came from Python, or its data have changed.
+    """
+    run = Run.open(folder)
+    request = run.request()
+    if request.data is None or request.spec is None:
+        raise InputError(
+            f"{folder}: its data or model came from Python; resume it there with "
+            "truenorm.fit(..., run=truenorm.Run.open(folder))."
+        )
+    splits = sources.load(request.data, target=request.target, seed=request.train.seed)
+    if splits.fingerprint() != request.fingerprint:
+        raise InputError(
+            f"{request.data}: has changed since {folder} began; put the old data back, or start "
+            "a new run."
+        )
+    return Job(run, request, splits, resumed=True)
+
+
+def _new_folder(source: str, spec: ModelSpec) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{Path(source).stem}-{spec.name}-{spec.norm}-{stamp}"
+    folder, again = Path("runs") / name, 1
+    while folder.exists():
+        again += 1
+        folder = Path("runs") / f"{name}-{again}"
+    return folder
