@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import harness
 import truenorm as tn
 import zoo
-from truenorm.calling.call import Call, tensors_in
+from truenorm.calling.call import Call
+from truenorm.calling.nested import tensors_in
 
 SLOWEST, RESNET_64 = 0.98, 1.25
 Inference = Callable[[Tensor], Any]

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from harness import provenance
-from truenorm.studies import paired
+from truenorm.studies import paired, sequential
 
 Array = np.ndarray[Any, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"
@@ -142,13 +142,13 @@ def planted(studies: int) -> Iterator[list[str]]:
         yield [f"{sd:g} points" if true else "any", f"{true:g} points", *cells]
 
 
-def sequential(studies: int) -> Iterator[list[str]]:
+def until_decided(studies: int) -> Iterator[list[str]]:
     """Until decided: what is told, and at how many seeds."""
     yield ["true d_z", "verdicts", "looks", "told, %", "seeds, mean", "fixed n = most seeds, %"]
     for d_z in (0.0, 0.3, 0.5, 1.0, 2.0):
         for m, looks in ((1, LOOKS), (3, LOOKS), (1, LOOKS_20)):
             d = np.random.default_rng(m).normal(d_z, 1, (studies, looks[-1]))
-            at = paired.crossed(d, looks, looks[-1], ALPHA / m, paths=1999)
+            at = sequential.crossed(d, looks, looks[-1], ALPHA / m, paths=1999)
             seeds = np.where(at >= 0, np.asarray(looks)[at], looks[-1])
             fixed = share(paired.sign_flip(d) <= ALPHA / m)
             yield [
@@ -175,8 +175,8 @@ def _watched(d_z: float, seed: int) -> tuple[bool, bool, int, bool]:
     """One study: told, told without giving up, seeds, given up."""
     draw = np.random.default_rng([seed, round(100 * d_z)])
     scores = {"a": draw.normal(d_z, 1, LOOKS[-1]), "b": np.zeros(LOOKS[-1])}
-    pair = paired.monitor(scores, LOOKS, LOOKS[-1]).pairs[0]
-    plain = paired.monitor(scores, LOOKS, LOOKS[-1], futility=False).pairs[0]
+    pair = sequential.monitor(scores, LOOKS, LOOKS[-1]).pairs[0]
+    plain = sequential.monitor(scores, LOOKS, LOOKS[-1], futility=False).pairs[0]
     return pair.decision != "cannot tell", plain.decision != "cannot tell", pair.n, pair.hopeless
 
 
@@ -187,7 +187,7 @@ TABLES = {
     "both": both,
     "power": power,
     "planted": planted,
-    "sequential": sequential,
+    "sequential": until_decided,
     "futility": futility,
 }
 

@@ -22,6 +22,7 @@ import truenorm as tn
 import zoo
 from test_zoo import EXPECTED
 from truenorm.calling import call as calling
+from truenorm.calling.nested import examples_of
 from truenorm.doctor.check import Severity
 from truenorm.doctor.diagnosis import Diagnosis
 
@@ -292,7 +293,7 @@ def batches_of(size: int) -> Callable[[Case], None]:
     """Training in batches of ``size``."""
 
     def plant(case: Case) -> None:
-        case.batches = [cut(b, calling.examples_of(b), size) for b in case.batches]
+        case.batches = [cut(b, examples_of(b), size) for b in case.batches]
         case.model.train()
 
     return plant
@@ -303,7 +304,7 @@ def last_of(size: int) -> Callable[[Case], None]:
 
     def plant(case: Case) -> None:
         batch = case.batches[0]
-        case.batches = [*case.batches, cut(batch, calling.examples_of(batch), size)]
+        case.batches = [*case.batches, cut(batch, examples_of(batch), size)]
 
     return plant
 

@@ -11,7 +11,9 @@ from torch import nn
 from truenorm import InputError, ModelSpec, build
 from truenorm.cli import main
 from truenorm.report import claims as report
-from truenorm.studies.claims.catalogue import CLAIMS, Part, answer_of, claims, judge
+from truenorm.studies.claims.catalogue import CLAIMS
+from truenorm.studies.claims.claim import Part, answer_of, judge
+from truenorm.studies.claims.testing import claims
 
 TINY = {
     name: dataclasses.replace(c.quick, seeds=2, examples=120, epochs=1, tuning=1)

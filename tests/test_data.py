@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 import reference
 from conftest import blobs
 from truenorm import InputError
-from truenorm.data.datasets import (
-    Dataset,
-    Scaling,
-    Splits,
-    chunks,
-    dataset,
-    gather,
-    in_batches,
-    in_order,
-    shifted,
-    split,
-)
+from truenorm.data.batches import chunks, gather, in_batches, in_order, shifted
+from truenorm.data.datasets import Dataset, Scaling, Splits, dataset, split
 
 CPU = torch.device("cpu")
 
@@ -130,7 +120,7 @@ def test_batches_of_an_order_are_its_chunks_however_many_are_gathered(block, wei
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
     scaling = Scaling(None, torch.ones(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truenorm.data.datasets._BLOCK", block)
+        patch.setattr("truenorm.data.batches._BLOCK", block)
         batches = list(in_batches(data, order, size, scaling, CPU))
     assert len(batches) == len(chunks(order, size))
     for batch, index in zip(batches, chunks(order, size), strict=True):

@@ -18,7 +18,8 @@ import patients
 import truenorm as tn
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.codes import codes, page
-from truenorm.doctor.diagnosis import Diagnosis, Finding, Skipped
+from truenorm.doctor.diagnosis import Diagnosis
+from truenorm.doctor.finding import Finding, Skipped
 
 
 def finding(code="TN103", severity="error", layer="bn", cause="it does not fit", **given):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from truenorm.errors import InputError
-from truenorm.studies import paired
-from truenorm.studies.paired import Comparison, compare_scores, monitor, verdict
+from truenorm.studies import paired, sequential
+from truenorm.studies.paired import Comparison, compare_scores, verdict
+from truenorm.studies.sequential import monitor
 
 LOOKS_20 = tuple(range(3, 61, 3))
 
@@ -484,7 +485,7 @@ def test_power_is_as_computed(d_z, n):
 
 def test_the_sequential_rate_holds_under_20_looks():
     d = np.random.default_rng(14).normal(size=(2000, 60))
-    first = paired.crossed(d, LOOKS_20, 60, 0.05, paths=1999)
+    first = sequential.crossed(d, LOOKS_20, 60, 0.05, paths=1999)
     rate = (first >= 0).mean()
     assert 0.03 < rate <= 0.05 + 3 * standard_error(0.05, 2000)
     naive = np.stack([paired.sign_flip(d[:300, :n]) for n in LOOKS_20[1:5]], 1).min(1)
@@ -494,7 +495,7 @@ def test_the_sequential_rate_holds_under_20_looks():
 def test_each_look_spends_no_more_than_it_may():
     d = np.random.default_rng(15).standard_t(3, (2000, 20))
     looks = (5, 10, 15, 20)
-    first = paired.crossed(d, looks, 20, 0.2, paths=1999)
+    first = sequential.crossed(d, looks, 20, 0.2, paths=1999)
     for k, at in enumerate(looks):
         may = 0.2 * (at / 20) ** 2
         rate = ((first >= 0) & (first <= k)).mean()
@@ -514,16 +515,18 @@ def test_conditional_power_is_how_often_the_trend_ends_beyond_the_bound():
     last = (d.sum() + rest.sum(1)) / 24
     error = d.std(ddof=1) / math.sqrt(24)
     told = (np.abs(last) > stats.norm.isf(0.025) * error).mean()
-    assert paired._conditional(d, 12, 24, 0.05, None) == pytest.approx(told, abs=0.015)
+    assert sequential._conditional(d, 12, 24, 0.05, None) == pytest.approx(told, abs=0.015)
     within = (np.abs(last) < 0.9 - stats.norm.isf(0.05) * error).mean()
-    assert paired._conditional(d, 12, 24, 0.05, 0.9) == pytest.approx(max(told, within), abs=0.015)
+    assert sequential._conditional(d, 12, 24, 0.05, 0.9) == pytest.approx(
+        max(told, within), abs=0.015
+    )
 
 
 def test_equivalence_waits_for_the_later_of_its_two_tests():
     d = np.random.default_rng(27).normal(0.5, 1, (40, 24))
     looks = (6, 12, 18, 24)
-    both = paired._within(d, 1.2, looks, 24, 0.05)
-    sides = [paired.crossed(x, looks, 24, 0.05, two_sided=False) for x in (d + 1.2, 1.2 - d)]
+    both = sequential._within(d, 1.2, looks, 24, 0.05)
+    sides = [sequential.crossed(x, looks, 24, 0.05, two_sided=False) for x in (d + 1.2, 1.2 - d)]
     for found, above, below in zip(both, *sides, strict=True):
         assert found == (-1 if min(above, below) < 0 else max(above, below))
     assert any(0 <= above < below for above, below in zip(*sides, strict=True))
@@ -641,8 +644,8 @@ def test_what_is_decided_gives_its_share_to_the_rest():
         wide = {"a": d, "zero": zero, "sure": 5 + rng.normal(size=24)}
         pairs = [("a", "zero"), ("sure", "zero")]
         both = monitor(wide, (8, 16, 24), 24, pairs).pairs[0]
-        half = paired.crossed(d[None], (8, 16, 24), 24, 0.025)[0] >= 0
-        alone = paired.crossed(d[None], (8, 16, 24), 24, 0.05)[0] >= 0
+        half = sequential.crossed(d[None], (8, 16, 24), 24, 0.025)[0] >= 0
+        alone = sequential.crossed(d[None], (8, 16, 24), 24, 0.05)[0] >= 0
         assert (both.decision == "better") <= alone
         assert half <= (both.decision == "better" or both.hopeless)
         helped += both.decision == "better" and not half
@@ -657,7 +660,7 @@ def test_with_a_margin_no_share_is_given_away():
         pairs = [("a", "zero"), ("sure", "zero")]
         found = monitor(wide, looks, 24, pairs, margin=1e-3, futility=False).pairs
         assert found[1].decision == "better"
-        half, whole = (paired.crossed(d[None], looks, 24, a)[0] >= 0 for a in (0.025, 0.05))
+        half, whole = (sequential.crossed(d[None], looks, 24, a)[0] >= 0 for a in (0.025, 0.05))
         assert (found[0].decision == "better") == half
         wider += whole and not half
     assert wider

@@ -13,18 +13,20 @@ import reference
 import truenorm
 from conftest import blobs, same_state
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, dataset
-from truenorm.data.datasets import Batch, chunks
-from truenorm.data.sources import Uncut
+from truenorm.data.batches import Batch, chunks
+from truenorm.data.datasets import Uncut
 from truenorm.layers.norms import NORMS
+from truenorm.studies.bench import Bench
 from truenorm.studies.probes import PROBES
 from truenorm.studies.probes.layers import Spread, inputs_of, layers_of, state_of, without_dropout
 from truenorm.studies.probes.modes import by_batches, fitted, of_one_class
 from truenorm.studies.probes.noise import Noise, with_places
 from truenorm.studies.probes.online import by_running_statistics, stream
-from truenorm.studies.probes.setup import Stepper, built
+from truenorm.studies.probes.setup import built
 from truenorm.studies.probes.shift import LENGTHS, landscape, shifts, watched
-from truenorm.studies.trial import Bench, Trial
-from truenorm.training.fit import threads
+from truenorm.studies.trial import Trial
+from truenorm.training.devices import threads
+from truenorm.training.steps import Stepper
 
 SMALL = ModelSpec(widths=(8,))
 TWO = ModelSpec(widths=(8, 7), dropout=0.3)

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import patients
 import truenorm as tn
 from conftest import same_state
-from truenorm.calling.call import Call, accuracy_of, examples_of, loss_of, output_of
+from truenorm.calling.call import Call, accuracy_of, loss_of, output_of
+from truenorm.calling.nested import examples_of
 from truenorm.layers import recalibration
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -13,7 +13,7 @@ from torch import nn
 from truenorm import ModelSpec, Splits, build, dataset
 from truenorm.report import run_page as html
 from truenorm.training import job
-from truenorm.training.evaluate import confusion, judge, view_norms, worst
+from truenorm.training.judgement import confusion, judge, view_norms, worst
 
 
 @pytest.fixture(scope="module")

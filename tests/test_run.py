@@ -14,9 +14,10 @@ import torch
 import truenorm
 from conftest import blobs, same_state
 from truenorm import InputError, ModelSpec, Run, TrainConfig
+from truenorm.files import to_json, write_atomically
 from truenorm.training import job
 from truenorm.training.fit import fit, snapshot
-from truenorm.training.run import Request, to_json, write_atomically
+from truenorm.training.run import Request
 
 REQUEST = Request(ModelSpec(), TrainConfig())
 

@@ -17,6 +17,7 @@ import truenorm
 from conftest import blobs
 from truenorm import InputError
 from truenorm.data import sources
+from truenorm.data.readers.idx import read_idx
 
 
 def write_idx(path, array, code=8, compress=False):
@@ -111,7 +112,7 @@ def test_an_idx_folder_without_a_test_part_is_cut_in_three(tmp_path):
 def test_idx_files_of_every_type_are_read(tmp_path, code, kind):
     array = np.arange(12).reshape(3, 4).astype(kind)
     write_idx(tmp_path / "a-idx2", array, code)
-    assert sources.read_idx(tmp_path / "a-idx2").tolist() == array.tolist()
+    assert read_idx(tmp_path / "a-idx2").tolist() == array.tolist()
 
 
 def damaged(tmp_path, change):

@@ -21,10 +21,12 @@ import truenorm
 from conftest import blobs, heed_ctrl_c
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
-from truenorm.data.sources import Uncut, uncut
+from truenorm.data.datasets import Uncut
+from truenorm.data.sources import uncut
 from truenorm.report import study as report
+from truenorm.studies.bench import Bench
 from truenorm.studies.plan import Variant
-from truenorm.studies.trial import Bench, Row, failed
+from truenorm.studies.trial import Row, failed
 from truenorm.studies.tuning import tuning_loss
 from truenorm.studies.workers import Pool, map_data, write_data
 
@@ -547,7 +549,7 @@ def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
 
 def study_of(scores, **options):
     """A study with the given test accuracies by variant."""
-    from truenorm.studies.study import _Question
+    from truenorm.studies.compare import _Question
 
     variants = [
         Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))

@@ -14,7 +14,8 @@ import reference
 import truenorm
 from conftest import blobs, same_state
 from truenorm import EarlyStopping, InputError, TrainConfig
-from truenorm.data.datasets import Splits, chunks, dataset
+from truenorm.data.batches import chunks
+from truenorm.data.datasets import Splits, dataset
 from truenorm.training.evaluate import logits_of, score
 from truenorm.training.fit import snapshot
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from truenorm.cli.opened import load_folded as load_folded
     from truenorm.data.datasets import Dataset as Dataset
     from truenorm.data.datasets import Scaling as Scaling
     from truenorm.data.datasets import Splits as Splits
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
     from truenorm.data.datasets import split as split
     from truenorm.data.sources import load as load
     from truenorm.doctor.diagnosis import Diagnosis as Diagnosis
-    from truenorm.doctor.diagnosis import Finding as Finding
     from truenorm.doctor.diagnosis import assert_healthy as assert_healthy
     from truenorm.doctor.diagnosis import examine as examine
+    from truenorm.doctor.finding import Finding as Finding
     from truenorm.doctor.ledger.ledger import Ledger as Ledger
     from truenorm.doctor.ledger.ledger import watch as watch
     from truenorm.errors import InputError as InputError
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from truenorm.layers.batch_norm import LazyBatchNorm1d as LazyBatchNorm1d
     from truenorm.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
     from truenorm.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
-    from truenorm.layers.batch_norm import Renorm as Renorm
     from truenorm.layers.conversion import Conversion as Conversion
     from truenorm.layers.conversion import assert_frozen as assert_frozen
     from truenorm.layers.conversion import convert as convert
@@ -51,24 +49,26 @@ if TYPE_CHECKING:
     from truenorm.layers.norms import weight_standardization as weight_standardization
     from truenorm.layers.recalibration import Recalibration as Recalibration
     from truenorm.layers.recalibration import recalibrate as recalibrate
+    from truenorm.layers.renorm import Renorm as Renorm
     from truenorm.layers.transaction import attach as attach
     from truenorm.layers.transaction import commit as commit
     from truenorm.layers.transaction import rollback as rollback
     from truenorm.models import ModelSpec as ModelSpec
     from truenorm.models import build as build
-    from truenorm.studies.claims.catalogue import Findings as Findings
+    from truenorm.studies.claims.claim import Findings as Findings
+    from truenorm.studies.compare import compare as compare
     from truenorm.studies.study import Study as Study
-    from truenorm.studies.study import compare as compare
     from truenorm.training.config import TrainConfig as TrainConfig
     from truenorm.training.config import recipe as recipe
     from truenorm.training.estimator import NormClassifier as NormClassifier
     from truenorm.training.evaluate import logits_of as logits_of
     from truenorm.training.evaluate import score as score
     from truenorm.training.fit import EarlyStopping as EarlyStopping
-    from truenorm.training.fit import History as History
     from truenorm.training.fit import fit as fit
+    from truenorm.training.history import History as History
     from truenorm.training.run import Run as Run
-    from truenorm.training.run import load_model as load_model
+    from truenorm.training.saved import load_folded as load_folded
+    from truenorm.training.saved import load_model as load_model
 
 _HOMES = {
     "BatchNorm": "layers.batch_norm",
@@ -80,11 +80,11 @@ _HOMES = {
     "Diagnosis": "doctor.diagnosis",
     "EarlyStopping": "training.fit",
     "Exported": "folding.export",
-    "Finding": "doctor.diagnosis",
-    "Findings": "studies.claims.catalogue",
+    "Finding": "doctor.finding",
+    "Findings": "studies.claims.claim",
     "Folded": "folding.fold",
     "GroupNorm": "layers.norms",
-    "History": "training.fit",
+    "History": "training.history",
     "InputError": "errors",
     "InstanceNorm1d": "layers.norms",
     "InstanceNorm2d": "layers.norms",
@@ -98,7 +98,7 @@ _HOMES = {
     "NormClassifier": "training.estimator",
     "RMSNorm": "layers.norms",
     "Recalibration": "layers.recalibration",
-    "Renorm": "layers.batch_norm",
+    "Renorm": "layers.renorm",
     "Run": "training.run",
     "Scaling": "data.datasets",
     "Splits": "data.datasets",
@@ -109,7 +109,7 @@ _HOMES = {
     "attach": "layers.transaction",
     "build": "models",
     "commit": "layers.transaction",
-    "compare": "studies.study",
+    "compare": "studies.compare",
     "convert": "layers.conversion",
     "dataset": "data.datasets",
     "examine": "doctor.diagnosis",
@@ -117,8 +117,8 @@ _HOMES = {
     "fit": "training.fit",
     "fold": "folding.fold",
     "load": "data.sources",
-    "load_folded": "cli.opened",
-    "load_model": "training.run",
+    "load_folded": "training.saved",
+    "load_model": "training.saved",
     "load_program": "folding.export",
     "logits_of": "training.evaluate",
     "recalibrate": "layers.recalibration",

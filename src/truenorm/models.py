@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm.errors import InputError, choose
-from truenorm.layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, Renorm
+from truenorm.layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d
 from truenorm.layers.norms import InstanceNorm1d, InstanceNorm2d, RMSNorm, groups_of
+from truenorm.layers.renorm import Renorm
 
 ModelName = Literal["mlp", "convnet", "resnet", "transformer"]
 NormName = Literal["none", "batch", "layer", "group", "instance", "rms", "renorm", "ghost"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from truenorm.calling.call import tensors_in
+from truenorm.calling.nested import tensors_in
 
 # What takes a tensor and gives no tensor, but its numbers; all else of that kind tells shapes.
 _READS = {

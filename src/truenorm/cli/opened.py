@@ -15,8 +15,7 @@ from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.folding.export import FORMATS, Exported, export
 from truenorm.folding.fold import Folded, fold
-from truenorm.folding.refold import refold
-from truenorm.training.run import load_model, read_model, write_model
+from truenorm.training.saved import load_model, read_model, write_model
 
 _EXAMPLES = 4  # rows of random inputs of a run's kind; the folded model serves any number
 
@@ -92,32 +91,6 @@ def cargo(
     if given.args and given.kwargs:
         raise InputError(f"{text}: give a batch of positional or of named arguments, not both.")
     return Cargo(opened.model, given.kwargs or given.args, None)
-
-
-def load_folded(model: nn.Module, path: Path | str) -> nn.Module:
-    """Give a freshly built ``model`` the structure and weights that ``truenorm fold`` wrote.
-
-    Args:
-        model: as it was before folding; it is used up.
-        path: the .safetensors file.
-
-    Returns:
-        The folded model, in eval mode.
-
-    Raises:
-        InputError: the file is not of a folded model, or not of this one.
-    """
-    about, tensors = read_model(path)
-    if "folded" not in about:
-        raise InputError(f"{path}: is not of a folded model; load it with load_state_dict.")
-    try:
-        folded = refold(model.eval(), about["folded"])
-        folded.load_state_dict(tensors)
-    except (AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: is of another model than {type(model).__name__} ({error})."
-        ) from error
-    return folded
 
 
 def _of_run(place: Path) -> Cargo:

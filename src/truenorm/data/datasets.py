@@ -7,11 +7,9 @@ here touches one example at a time.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -373,85 +371,35 @@ def _stratified_cut(
     return parts[0], parts[1]
 
 
-class Batch(NamedTuple):
-    """One batch, scaled and on the device."""
-
-    x: Tensor  # (B, ...) float32
-    y: Tensor  # (B,) int64
-    weight: Tensor | None  # (B,) float32
-
-
-_BLOCK = 2**19  # numbers gathered at once; as float32 they fill 2 MB, a core's cache
-
-
-def chunks(order: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Cut ``order`` into runs of ``size``; a last run of one joins the run before it.
-
-    One example alone has no batch statistics (its variance over the batch is zero), and
-    torch refuses to normalize by them.
-    """
-    runs: tuple[Tensor, ...] = order.split(size)  # type: ignore[no-untyped-call]
-    if len(runs) > 1 and len(runs[-1]) == 1 < size:
-        return (*runs[:-2], order[-(size + 1) :])
-    return runs
-
-
-def gather(data: Dataset, index: Tensor, scaling: Scaling, device: torch.device) -> Batch:
-    """Gather the examples at ``index`` (B,) and scale them on ``device``."""
-    x = scaling(data.x.index_select(0, index).to(device))
-    y = data.y.index_select(0, index).to(device)
-    weight = None if data.weight is None else data.weight.index_select(0, index).to(device)
-    return Batch(x, y, weight)
-
-
-def in_batches(
-    data: Dataset, order: Tensor, size: int, scaling: Scaling, device: torch.device
-) -> Iterator[Batch]:
-    """The examples of ``order`` (N,) in batches of ``size``, cut as :func:`chunks` cuts them.
-
-    Small batches are gathered several in one call, of at most ``_BLOCK`` numbers: at batch 64
-    that saves a twentieth of a small network's step.
-    """
-    runs = chunks(order, size)
-    together = max(1, _BLOCK // (size * data.x[0].numel()))
-    start = 0
-    for i in range(0, len(runs), together):
-        sizes = [len(run) for run in runs[i : i + together]]
-        block = gather(data, order[start : start + sum(sizes)], scaling, device)
-        start += sum(sizes)
-        held = (block.x, block.y, block.weight)
-        cut = [itertools.repeat(None) if t is None else _cut_into(t, sizes) for t in held]
-        yield from map(Batch, *cut)
-
-
-def _cut_into(tensor: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = tensor.split(sizes)  # type: ignore[no-untyped-call]
-    return parts
-
-
-def in_order(
-    data: Dataset, scaling: Scaling, device: torch.device, size: int = 1024
-) -> Iterator[Batch]:
-    """All examples in their stored order, ``size`` at a time."""
-    for start in range(0, len(data), size):
-        rows = slice(start, start + size)
-        weight = None if data.weight is None else data.weight[rows].to(device)
-        yield Batch(scaling(data.x[rows].to(device)), data.y[rows].to(device), weight)
-
-
-def shifted(x: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Move each image of (B, C, H, W) by up to ``pixels`` in both directions, zero-filled."""
-    batch, channels, height, width = x.shape
-    padded = torch.nn.functional.pad(x, (pixels,) * 4)
-    span = 2 * pixels + 1
-    moves = torch.randint(span, (2, batch, 1, 1), generator=generator).to(x.device)
-    rows = torch.arange(height, device=x.device).view(1, -1, 1) + moves[0]
-    columns = torch.arange(width, device=x.device).view(1, 1, -1) + moves[1]
-    cells = (rows * padded.shape[-1] + columns).view(batch, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, cells).view_as(x)
-
-
 def _some(values: tuple[Any, ...], most: int = 8) -> str:
     """A short list for a message."""
     shown = ", ".join(repr(v) for v in values[:most])
     return shown + (f", ... ({len(values)} in all)" if len(values) > most else "")
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """Checked, labelled data that many seeds can cut; parts it brings itself stay as they are.
+
+    ``scaling`` is None for the one that each cut's training part suggests.
+    """
+
+    train: Dataset
+    test: Dataset | None = None
+    valid: Dataset | None = None
+    scaling: Scaling | None = None
+
+    def cut(self, seed: int, *, valid: float = 0.2, test: float = 0.2) -> Splits:
+        """Training, validation and test parts by the permutation of ``seed``."""
+        if self.valid is not None:
+            return Splits(self.train, self.valid, self.test, self.scaling)  # type: ignore[arg-type]
+        return split(
+            self.train, test=test if self.test is None else self.test, valid=valid, seed=seed
+        )
+
+    def fingerprint(self) -> str:
+        """One digest over all parts: equal data, equal fingerprint."""
+        parts = (self.train, self.test, self.valid)
+        digests = [None if p is None else p.fingerprint() for p in parts]
+        scaling = None if self.scaling is None else self.scaling.to_json()
+        return hashlib.sha256(repr((digests, scaling)).encode()).hexdigest()

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from truenorm.calling.flow import Flow
+from truenorm.calling.flow import Call, Flow
 from truenorm.doctor.facts import Facts, NormFacts
 
 Severity = Literal["error", "warning", "note"]
 Needs = Literal["model", "data", "optimizer", "ledger", "ranks"]
+# Operations with weights, by the names that flow gives them.
+WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"} | {
+    f"conv_transpose{n}d" for n in (1, 2, 3)
+}
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,15 @@ def flow_of(facts: Facts) -> Flow:
     """How tensors flow, of a check that is asked only where data were given."""
     assert facts.flow is not None
     return facts.flow
+
+
+def calls_of(facts: Facts, norms: list[NormFacts]) -> Iterator[tuple[NormFacts, Call]]:
+    """The first call of each of ``norms`` whose input is known.
+
+    A norm of which the first call has none is passed over.
+    """
+    flow = flow_of(facts)
+    for norm in norms:
+        for call in flow.calls_of(norm.name)[:1]:
+            if call.input is not None:
+                yield norm, call

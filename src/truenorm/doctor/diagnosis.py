@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,68 +13,14 @@ from torch import nn
 
 from truenorm.calling.borrowing import borrowed, eager, to_eval
 from truenorm.calling.call import Arguments, Loss
-from truenorm.doctor import codes
 from truenorm.doctor.check import Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
+from truenorm.doctor.finding import SEVERITIES, Finding, Skipped
 from truenorm.errors import InputError, choose
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault of one layer, with its proof and its remedy.
-
-    Attributes:
-        code: stable name of the fault; ``truenorm doctor --explain CODE`` tells of it.
-        title: the fault in a few words.
-        severity: "error" (results are wrong), "warning" (they probably are) or "note".
-        layer: dotted name as in ``named_modules()``, or None for the whole model.
-        evidence: numbers by what they are of.
-        cause: what brought it about here.
-        advice: the remedy.
-        fix: applies the remedy to the model in place, or None.
-    """
-
-    code: str
-    title: str
-    severity: Severity
-    layer: str | None
-    evidence: dict[str, Any]
-    cause: str
-    advice: str
-    fix: Callable[[], Any] | None = None
-
-    @property
-    def page(self) -> str:
-        """What ``truenorm doctor --explain`` prints of its code, in Markdown."""
-        return codes.page(self.code)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; numbers that are not finite become text."""
-        return {
-            "code": self.code,
-            "title": self.title,
-            "severity": self.severity,
-            "layer": self.layer,
-            "cause": self.cause,
-            "evidence": {k: _plain(v) for k, v in self.evidence.items()},
-            "advice": self.advice,
-            "fixable": self.fix is not None,
-        }
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A check that could not be made, and why."""
-
-    code: str
-    title: str
-    why: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,12 +121,6 @@ class Diagnosis:
         from truenorm.doctor import rendering
 
         return rendering.as_html(self, "model", whole=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
 
 
 def examine(

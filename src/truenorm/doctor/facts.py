@@ -16,6 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from truenorm.calling import call as calling
 from truenorm.calling.borrowing import to_eval, unwrapped
 from truenorm.calling.flow import Flow, flow_of
+from truenorm.calling.nested import examples_of, tensors_in
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.functional import Moments, moments, valid, wide
@@ -217,7 +218,7 @@ class Facts:
             torch.manual_seed(number)
             with torch.no_grad():
                 out, target = self.call(batch)
-            result.add(out, target, calling.examples_of(batch), self.loss)
+            result.add(out, target, examples_of(batch), self.loss)
         return result
 
 
@@ -275,7 +276,7 @@ def _taken(data: Iterable[Any]) -> tuple[list[Any], int | None]:
     stream = iter(data)
     batches = list(itertools.islice(stream, MOST_BATCHES))
     if len(batches) < MOST_BATCHES or isinstance(data, list):
-        return batches, calling.examples_of(batches[-1]) if batches else None
+        return batches, examples_of(batches[-1]) if batches else None
     return batches, _remainder(data)
 
 
@@ -307,12 +308,12 @@ def observe(facts: Facts) -> None:
     for norm in facts.norms.values():
 
         def look(_: nn.Module, args: Any, kwargs: Any, norm: NormFacts = norm) -> None:
-            given = list(calling.tensors_in((args, kwargs)))
+            given = list(tensors_in((args, kwargs)))
             if given and given[0].is_floating_point() and given[0].ndim >= 2 and given[0].numel():
                 number = calls.get(norm.name, 0)
                 calls[norm.name] = number + 1
                 mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-                number_of = calling.examples_of(facts.batches[place["batch"]])
+                number_of = examples_of(facts.batches[place["batch"]])
                 norm.seen.append(_seen(given[0], mask, place["batch"], number, number_of))
 
         handles.append(norm.module.register_forward_pre_hook(look, with_kwargs=True))
@@ -322,7 +323,7 @@ def observe(facts: Facts) -> None:
                 calls.clear()
                 torch.manual_seed(place["batch"])  # see Facts.outcome
                 out, target = call(batch)
-                facts.held.add(out, target, calling.examples_of(batch), facts.loss)
+                facts.held.add(out, target, examples_of(batch), facts.loss)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from truenorm.doctor.check import Severity
 from truenorm.doctor.codes import Code, codes, page
-from truenorm.doctor.diagnosis import SEVERITIES, Diagnosis, Finding
+from truenorm.doctor.finding import SEVERITIES, Examination, Finding
 
 NAMED = 3  # layers and values that are named where many are told of at once
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -105,7 +105,7 @@ def counted(findings: Iterable[Finding]) -> str:
     return ", ".join(told) or "no findings"
 
 
-def verdict(diagnosis: Diagnosis) -> str:
+def verdict(diagnosis: Examination) -> str:
     """One line: healthy or not, and how much was looked at."""
     state = "healthy" if diagnosis.healthy else "not healthy"
     passed, skipped = len(diagnosis.passed), len(diagnosis.skipped)
@@ -123,7 +123,7 @@ def _number_of(number: int, what: str) -> str:
 # -- in a terminal --------------------------------------------------------------------------------
 
 
-def as_table(diagnosis: Diagnosis) -> RenderableType:
+def as_table(diagnosis: Examination) -> RenderableType:
     """What counts as a table, then notes and skipped checks in a few lines, the verdict last."""
     folds = folded(diagnosis.findings)
     severe = [fold for fold in folds if fold.first.severity != "note"]
@@ -166,7 +166,7 @@ def _notes(folds: list[Fold]) -> Table:
     return table
 
 
-def _skipped(diagnosis: Diagnosis) -> Text:
+def _skipped(diagnosis: Examination) -> Text:
     reasons: dict[str, list[str]] = {}
     for skipped in diagnosis.skipped:
         reasons.setdefault(skipped.why, []).append(skipped.code)
@@ -174,7 +174,7 @@ def _skipped(diagnosis: Diagnosis) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def as_text(diagnosis: Diagnosis) -> str:
+def as_text(diagnosis: Examination) -> str:
     """The table without colours, as wide as the terminal, or 80 characters."""
     console = Console(
         file=io.StringIO(), color_system=None, force_terminal=False, force_jupyter=False
@@ -198,7 +198,7 @@ def in_lines(findings: Iterable[Finding]) -> str:
 # -- SARIF ----------------------------------------------------------------------------------------
 
 
-def as_sarif(diagnosis: Diagnosis, target: str) -> str:
+def as_sarif(diagnosis: Examination, target: str) -> str:
     """SARIF 2.1.0 (OASIS): a result for each finding, layers as logical locations."""
     rules = [_rule(code) for code in codes()]
     places = {rule["id"]: i for i, rule in enumerate(rules)}
@@ -263,7 +263,7 @@ def _uri(target: str) -> str:
 # -- HTML -----------------------------------------------------------------------------------------
 
 
-def as_html(diagnosis: Diagnosis, target: str, *, whole: bool = True) -> str:
+def as_html(diagnosis: Examination, target: str, *, whole: bool = True) -> str:
     """One page that opens offline, in light and in dark; or, not ``whole``, its content alone."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("truenorm", "doctor"),

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.calling.borrowing import unwrapped
-from truenorm.calling.call import mapped, tensors_in
+from truenorm.calling.nested import mapped, tensors_in
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
+from truenorm.files import write_atomically
 from truenorm.folding.fold import Folded, fold
 from truenorm.folding.modules import RawInput
 from truenorm.folding.proof import distance
 from truenorm.folding.refold import dtype_of
 from truenorm.folding.subject import as_arguments, seeded
-from truenorm.training.run import write_atomically
 
 Format = Literal["onnx", "pt2"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from truenorm.calling.call import mapped, tensors_in
+from truenorm.calling.nested import mapped, tensors_in
 from truenorm.folding.affine import Affine, Weighted, rounded
 from truenorm.folding.building import built, fill
 from truenorm.folding.modules import ScaleShift, share_of_shift

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from truenorm.calling.borrowing import eager, unwrapped
-from truenorm.calling.call import mapped, tensors_in
 from truenorm.calling.flow import Call, Flow, Node, flow_of
+from truenorm.calling.nested import mapped, tensors_in
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.folding.affine import Affine, of_statistics

@@ -6,8 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,127 +15,28 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize
 
-from truenorm.errors import InputError, choose
+from truenorm.errors import InputError
 from truenorm.layers import functional
 from truenorm.layers.functional import ACTIVATIONS, Moments, summed_in_rows, widest
-from truenorm.layers.ranks import Ranks, ranks_of
+from truenorm.layers.options import Commit, Options
+from truenorm.layers.ranks import Ranks
+from truenorm.layers.renorm import Renorm
+from truenorm.layers.running import (
+    FORGOTTEN,
+    NO_GRAPH_TASK,
+    STATISTICS,
+    Forward,
+    compiling,
+    graph_task,
+    move_by_few,
+    readable,
+    wrapped,
+    writable,
+)
 
-Commit = Literal["forward", "step"]
-STATISTICS = ("running_mean", "running_var")
-_compiling = torch.compiler.is_compiling
-_graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
-_NO_GRAPH_TASK = -1
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
-_FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
-
-
-@dataclass(frozen=True, kw_only=True)
-class Renorm:
-    """Batch renormalization and its schedule (Ioffe 2017, https://arxiv.org/abs/1702.03275).
-
-    In training, x_hat = (x - mean) / std * r + d with r = clip(std / running_std, 1/rmax, rmax)
-    and d = clip((mean - running_mean) / running_std, -dmax, dmax), both without gradient: the
-    activations become those of inference. The limits start at plain batch norm (1 and 0) and
-    rise in a straight line; the numbers are the paper's.
-
-    Attributes:
-        rmax: last limit of the scale's correction, at least 1.
-        dmax: last limit of the shift's correction, in standard deviations, at least 0.
-        start: batches of plain batch norm.
-        rmax_at: batch at which ``rmax`` is reached.
-        dmax_at: batch at which ``dmax`` is reached.
-
-    Raises:
-        InputError: a value outside its range.
-    """
-
-    rmax: float = 3.0
-    dmax: float = 5.0
-    start: int = 5_000
-    rmax_at: int = 40_000
-    dmax_at: int = 25_000
-
-    def __post_init__(self) -> None:
-        if not self.rmax >= 1:
-            raise InputError(f"rmax must be at least 1, got {self.rmax!r}; 1 corrects nothing.")
-        if not self.dmax >= 0:
-            raise InputError(f"dmax must be at least 0, got {self.dmax!r}; 0 corrects nothing.")
-        if not 0 <= self.start <= min(self.rmax_at, self.dmax_at):
-            raise InputError(
-                "start must be at least 0 and not after rmax_at and dmax_at, got "
-                f"start={self.start!r}, rmax_at={self.rmax_at!r}, dmax_at={self.dmax_at!r}."
-            )
-
-    def limits(self, batches: Tensor) -> tuple[Tensor, Tensor]:
-        """The limits of r and d once ``batches`` have been tracked."""
-
-        def risen(until: int) -> Tensor:
-            return ((widest(batches) - self.start) / max(1, until - self.start)).clamp(0, 1)
-
-        return 1 + (self.rmax - 1) * risen(self.rmax_at), self.dmax * risen(self.dmax_at)
-
-    def correction(
-        self, batch: Moments, running: tuple[Tensor, Tensor], eps: float, batches: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(r, d) for each group and channel of ``batch``, without gradient."""
-        rmax, dmax = self.limits(batches)
-        std = torch.sqrt(running[1] + eps)
-        r = torch.sqrt(batch.var.detach() + eps) / std
-        d = (batch.mean.detach() - running[0]) / std
-        return torch.clamp(r, 1 / rmax, rmax), torch.clamp(d, -dmax, dmax)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What :class:`BatchNorm` has beyond torch's; each field is an argument of its constructor.
-
-    Raises:
-        InputError: a value outside its range.
-    """
-
-    ghost: int | None = None
-    sync: Ranks | Any = None  # given True, or a process group, it becomes Ranks
-    renorm: Renorm | None = None
-    frozen: bool = False
-    act: str | None = None
-    min_count: int | None = None
-    commit: Commit = "forward"
-
-    def __post_init__(self) -> None:
-        for name, least in (("ghost", 1), ("min_count", 2)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise InputError(
-                    f"{name} must be an integer of at least {least} or None, got {value!r}."
-                )
-        if not isinstance(self.sync, Ranks):
-            object.__setattr__(self, "sync", ranks_of(self.sync))
-        if self.renorm is not None and not isinstance(self.renorm, Renorm):
-            raise InputError(f"renorm must be truenorm.Renorm(...) or None, got {self.renorm!r}.")
-        if not isinstance(self.frozen, bool):
-            raise InputError(f"frozen must be True or False, got {self.frozen!r}.")
-        if self.act is not None:
-            choose("act", self.act, tuple(ACTIVATIONS))
-        choose("commit", self.commit, get_args(Commit))
-
-    def set(self) -> dict[str, Any]:
-        """Those that differ from their default."""
-        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: v for name, v in held.items() if v != getattr(Options, name)}
-
-
-@dataclass
-class _Forward:
-    """The statistics of one forward that no step has committed yet."""
-
-    moments: Moments
-    reached_by_gradient: bool = False
-
-    def mark(self, _: Tensor) -> None:
-        self.reached_by_gradient = True
 
 
 class _Option:
@@ -253,7 +153,7 @@ class BatchNorm(_BatchNorm):
                 (), dtype=torch.int64, device=None if held is None else held.device
             )
             self.register_buffer("_skipped", skipped, persistent=False)
-            self._pending: list[_Forward] = []
+            self._pending: list[Forward] = []
             self._told = False
             self._options = Options()
         self._widen_statistics(self._buffers)
@@ -381,7 +281,7 @@ class BatchNorm(_BatchNorm):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and own["training"] and mask is residual is None and not _compiling():
+        if own["_direct"] and own["training"] and mask is residual is None and not compiling():
             held, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
             mean = held["running_mean"]
             if (
@@ -395,8 +295,8 @@ class BatchNorm(_BatchNorm):
                 and input.is_cpu
                 and own["track_running_stats"]
                 and len(parameters) == 2  # else one is parametrized
-                and _graph_task() == _NO_GRAPH_TASK
-                and not _wrapped(input)
+                and graph_task() == NO_GRAPH_TASK
+                and not wrapped(input)
             ):
                 var, batches = held["running_var"], held["num_batches_tracked"]
                 before = _cat((mean, var))
@@ -436,7 +336,7 @@ class BatchNorm(_BatchNorm):
             raise InputError(_one_value(tuple(x.shape)))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
-        if self._direct and self._tracks() and not _compiling() and _wrapped(x):
+        if self._direct and self._tracks() and not compiling() and wrapped(x):
             return self._in_transform(x)
         return self._by_kernel(x, sizes)
 
@@ -460,8 +360,8 @@ class BatchNorm(_BatchNorm):
         mean, var, batches = self._statistics()
         old_mean, old_var = before.chunk(2)
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            _writable(mean).copy_(old_mean)
-            _writable(var).copy_(old_var)
+            writable(mean).copy_(old_mean)
+            writable(var).copy_(old_var)
             batches.sub_(1)
             self._tally(torch.tensor(False))
 
@@ -571,7 +471,7 @@ class BatchNorm(_BatchNorm):
     def _refuse_one_value(self, count: Tensor, shape: tuple[int, ...]) -> None:
         if (
             self._options.min_count is None
-            and _readable(count, any_device=True)
+            and readable(count, any_device=True)
             and (count == 1).any()
         ):
             raise InputError(_one_value(shape))
@@ -593,25 +493,25 @@ class BatchNorm(_BatchNorm):
         """
         if not (self.training and self.track_running_stats) or self.running_mean is None:
             return False
-        return _compiling() or _graph_task() == _NO_GRAPH_TASK
+        return compiling() or graph_task() == NO_GRAPH_TASK
 
     def _observe(self, batch: Moments, out: Tensor) -> None:
         if self._options.commit == "forward":
             self._write(batch)
-        elif _compiling():
+        elif compiling():
             # Not as a decorator, which would import the compiler into every process.
             torch.compiler.disable(self._remember)(batch, out)  # type: ignore[no-untyped-call]
         else:
             self._remember(batch, out)
 
     def _remember(self, batch: Moments, out: Tensor) -> None:
-        forward = _Forward(Moments(*(widest(part.detach()) for part in batch)))
+        forward = Forward(Moments(*(widest(part.detach()) for part in batch)))
         self._pending.append(forward)
         if out.requires_grad:
             out.register_hook(forward.mark)  # type: ignore[no-untyped-call]
-        if len(self._pending) == _FORGOTTEN:
+        if len(self._pending) == FORGOTTEN:
             warnings.warn(
-                f"{_FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
+                f"{FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
                 "commit: its running statistics never move. Call truenorm.attach(optimizer, "
                 "model) before training.",
                 stacklevel=2,
@@ -658,7 +558,7 @@ class BatchNorm(_BatchNorm):
         neither matters and the batch is one group, the same in fewer calls.
         """
         running_mean, running_var, batches = self._statistics()
-        if parts.count.numel() == 1 and _readable(parts.count):
+        if parts.count.numel() == 1 and readable(parts.count):
             count = parts.count.item()
             if count >= max(2, self._options.min_count or 2):
                 self._write_one(parts.mean[0], parts.var[0] * (count / (count - 1)))
@@ -678,12 +578,12 @@ class BatchNorm(_BatchNorm):
         new_var = var * keep + (weights * functional.unbiased(parts.var, parts.count)).sum(0)
         if self._options.min_count is not None:
             rest = functional.pool(parts._replace(count=torch.where(enough, 0, parts.count)))
-            new_mean, new_var = _move_by_few(
+            new_mean, new_var = move_by_few(
                 (new_mean, new_var), rest, self._share_of_few(rest.count)
             )
         moved = finite & seen
-        _writable(running_mean).copy_(torch.where(moved, new_mean, mean))
-        _writable(running_var).copy_(torch.where(moved, new_var, var))
+        writable(running_mean).copy_(torch.where(moved, new_mean, mean))
+        writable(running_var).copy_(torch.where(moved, new_var, var))
         batches.add_(moved.to(torch.int64))
         self._tally(finite)
 
@@ -698,8 +598,8 @@ class BatchNorm(_BatchNorm):
             return
         batches.add_(1)
         momentum = 1 / int(batches) if self.momentum is None else self.momentum
-        _writable(running_mean).lerp_(mean, momentum)
-        _writable(running_var).lerp_(var, momentum)
+        writable(running_mean).lerp_(mean, momentum)
+        writable(running_var).lerp_(var, momentum)
 
     def _finite(self, parts: Moments) -> Tensor:
         """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
@@ -717,7 +617,7 @@ class BatchNorm(_BatchNorm):
     def _tally(self, finite: Tensor) -> None:
         """Count a batch that was not finite; tell of it now if that can be read cheaply."""
         self._skipped.add_((~finite).to(device=self._skipped.device, dtype=torch.int64))
-        if _readable(finite) and not bool(finite):
+        if readable(finite) and not bool(finite):
             self._tell_of_skipped()
 
     def _tell_of_skipped(self) -> None:
@@ -821,40 +721,6 @@ def _one_value(shape: tuple[int, ...]) -> str:
         "one value has no variance. Use a larger batch, or min_count=2 to normalize such a batch "
         "by the running statistics."
     )
-
-
-def _readable(x: Tensor, *, any_device: bool = False) -> bool:
-    """Whether a value can be looked at, and cheaply: no graph capture, no device to wait for."""
-    if _compiling() or type(x) is not Tensor:
-        return False
-    if not (x.is_cpu or (any_device and not x.is_meta)):
-        return False
-    return not _wrapped(x)
-
-
-def _writable(statistic: Tensor) -> Tensor:
-    """``statistic`` to be written, past autograd's count of versions.
-
-    The backward of a training forward holds the running statistics without looking at them, so
-    writing them between is no error; torch's own kernel does not count its writes either.
-    """
-    return statistic if _compiling() else statistic.data
-
-
-def _move_by_few(
-    running: tuple[Tensor, Tensor], few: Moments, momentum: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Track a batch too small for a variance of its own, by its distance from the running mean.
-
-    With d = mean - running mean: mean += m d, var = (1 - m) var + m (var_batch + d^2 (2 - m) / 2).
-    The last factor makes the average right for every batch size, one included, if all come from
-    one distribution: E[d^2] = sigma^2 / n * 2 / (2 - m) (after Finch 2009, Incremental
-    calculation of weighted mean and variance).
-    """
-    d = few.mean - running[0]
-    mean = running[0] + momentum * d
-    var = (1 - momentum) * running[1] + momentum * (few.var + d.square() * (2 - momentum) / 2)
-    return mean[0], var[0]
 
 
 def _traced(layer: nn.Module, input: Any, mask: Any, residual: Any) -> Any:

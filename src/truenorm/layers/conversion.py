@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable
@@ -10,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize
 
-from truenorm.calling.borrowing import borrowed, to_eval
 from truenorm.errors import InputError, choose
 from truenorm.layers import batch_norm as layers
 from truenorm.layers import norms
-from truenorm.layers.batch_norm import STATISTICS, BatchNorm, Options
+from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.options import Options
+from truenorm.layers.per_call import PerCall, begin_again, calls_of
 from truenorm.layers.ranks import Ranks
+from truenorm.layers.running import STATISTICS
 
 Target = Literal[
     "truenorm", "torch", "sync", "unsync", "frozen", "unfrozen", "ghost", "group", "per-call",
@@ -217,7 +218,7 @@ def _change(
     if to == "torch":
         return _to_torch
     if to == "per-call":
-        calls = _calls(model, list(names), settings["example"])
+        calls = calls_of(model, list(names), settings["example"])
         return lambda layer: _to_per_call(model, layer, names[layer], calls[layer])
     if to == "group":
         return lambda layer: _to_group(layer, settings.get("groups"))
@@ -408,41 +409,6 @@ def _from_convention(layer: nn.Module, settings: dict[str, Any]) -> tuple[str, s
 # -- a norm for each call -------------------------------------------------------------------------
 
 
-class PerCall(nn.Module):
-    """A norm for each of the calls of one forward, in their order.
-
-    The model's forward begins the count again, by a hook that ``convert`` leaves on it.
-
-    Raises:
-        InputError: called more often than it has norms, or while a backward pass runs a part of
-            the forward again, where the order of calls is another.
-    """
-
-    def __init__(self, norm: nn.Module, calls: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(calls - 1))])
-        self.called = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The next norm's output."""
-        if torch._C._current_graph_task_id() != -1:
-            raise InputError("a norm per call does not work with activation checkpointing.")
-        if self.called >= len(self.norms):
-            raise InputError(
-                f"a norm for each of {len(self.norms)} calls was called once more in one forward; "
-                "convert again with an example that makes all the calls."
-            )
-        self.called += 1
-        return self.norms[self.called - 1](*args, **kwargs)
-
-
-def _begin_again(model: nn.Module, args: Any) -> None:
-    """Before a forward of the whole model: every count of calls starts at zero."""
-    for module in model.modules():
-        if isinstance(module, PerCall):
-            module.called = 0
-
-
 def _to_per_call(
     model: nn.Module, layer: nn.Module, aliases: list[str], calls: int
 ) -> tuple[str, str]:
@@ -453,30 +419,12 @@ def _to_per_call(
     for alias in aliases:
         parent, _, name = alias.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)
-    if _begin_again not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_begin_again)
+    if begin_again not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(begin_again)
     return (
         f"PerCall({calls} x {_described(layer)})",
         f"each starts as a copy; in the state dict they are {aliases[0]}.norms.0 to .{calls - 1}",
     )
-
-
-def _calls(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[nn.Module, int]:
-    """How often each layer is called in one forward, in evaluation; all is given back."""
-    calls = dict.fromkeys(layers, 0)
-
-    def count(layer: nn.Module, args: Any) -> None:
-        calls[layer] += 1
-
-    with borrowed(model, parameters=False), torch.no_grad():
-        to_eval(model)
-        for layer in layers:
-            layer.register_forward_pre_hook(count)
-        if isinstance(example, dict):
-            model(**example)
-        else:
-            model(*((example,) if isinstance(example, Tensor) else example))
-    return calls
 
 
 # -- what freezing is for -----------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -95,3 +96,45 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+T = TypeVar("T")
+
+
+class World:
+    """All ranks, or this process alone. Every rank makes the same calls in the same order."""
+
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
+        self._device, self._ranks = device, Ranks()
+        self._joint = self._ranks.active and not alone
+        self.sum = self._ranks.sum if self._joint else lambda x: x
+
+    def counts(self, *numbers: float) -> list[int]:
+        """Each number summed over ranks."""
+        return [int(n) for n in self.sums(*numbers)]
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number summed over ranks."""
+        if not self._joint:
+            return list(numbers)
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        summed: list[float] = self.sum(mine).tolist()
+        return summed
+
+    def jointly(self, work: Callable[[], T]) -> T:
+        """Do ``work``; if it fails on one rank it fails on all, so that none waits for another.
+
+        Raises:
+            RuntimeError: it failed on another rank.
+        """
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        (failed,) = self.counts(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(f"recalibrate failed on {failed} other ranks; nothing was changed.")
+        return done

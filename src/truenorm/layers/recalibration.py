@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,20 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.utils.data import DataLoader, IterableDataset
 
 from truenorm.calling.borrowing import Randoms, borrowed, eager, to_eval, unwrapped
-from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, examples_of, loss_of
+from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, loss_of
+from truenorm.calling.nested import examples_of
 from truenorm.errors import InputError
-from truenorm.layers import functional
-from truenorm.layers.batch_norm import BatchNorm
-from truenorm.layers.functional import Moments, widest
-from truenorm.layers.ranks import Ranks
-
-T = TypeVar("T")
-SAME = 1e-12  # relative; what differs by less is rounding in float64
+from truenorm.layers.functional import widest
+from truenorm.layers.ranks import World
+from truenorm.layers.settling import (
+    SAME,
+    Seen,
+    Settled,
+    fitting,
+    settled_of,
+    statistics_of,
+    why_left,
+)
 
 
 class Measured(NamedTuple):
@@ -187,7 +192,7 @@ def recalibrate(
         raise InputError(f"max_batches must be at least 1 or None, got {max_batches!r}.")
     norms, left = _chosen(model)
     call = Call(inner, device=device, arguments=arguments)
-    world = _World(call.device)
+    world = World(call.device)
     randoms = Randoms(data, held_out)
     with borrowed(inner, randoms, parameters=False) as loan, torch.no_grad(), eager(inner):
         to_eval(inner)
@@ -201,8 +206,8 @@ def recalibrate(
             raise InputError(
                 "no loss can be measured on held_out; give batches with targets, or loss=."
             )
-        old = {layer: _statistics(layer) for layer in norms}
-        settled = _settle(call, norms, batches, world, total=total, exact=exact)
+        old = {layer: statistics_of(layer) for layer in norms}
+        settled = settled_of(call, norms, batches, world, total=total, exact=exact)
         rows = _rows(norms, settled.seen, old, total, left)
         after = _measured(call, held, loss, world) if watched else None
         kept = keep_worse or not _worse(before, after)
@@ -235,31 +240,13 @@ def _reason(before: Measured | None, after: Measured | None, *, kept: bool) -> s
     return "no loss could be measured on what was held out" if before.loss is None else ""
 
 
-def _moving(settled: _Settled) -> str:
+def _moving(settled: Settled) -> str:
     if settled.still:
         return ""
     return (
         "the last pass still moved the statistics: the data differ from pass to pass, or a layer "
         "works on what comes of its own output"
     )
-
-
-def chosen(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``model`` that :func:`recalibrate` would give new statistics."""
-    learns = any(p.requires_grad for p in model.parameters())
-    named = (m for m in model.modules() if isinstance(m, _BatchNorm))
-    return [m for m in named if not _why_left(m, training=model.training, learns=learns)]
-
-
-@torch.no_grad()
-def settle(call: Call, layers: Collection[_BatchNorm], batches: Sequence[Any]) -> None:
-    """Write into ``layers`` the exact statistics of ``batches``, of this process alone.
-
-    The caller has put the model in eval mode and gives back what it borrows. Values are read in
-    float32, which is enough to tell statistics that fit from others; a single batch takes one pass.
-    """
-    world = _World(call.device, alone=True)
-    _settle(call, layers, batches, world, total=len(batches), exact=True, to=functional.wide)
 
 
 # -- which layers -------------------------------------------------------------------------------
@@ -277,26 +264,12 @@ def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
             raise InputError(
                 f"{name or 'the model'} is lazy; call the model once on a batch first."
             )
-        reason = _why_left(layer, training=model.training, learns=learns)
+        reason = why_left(layer, training=model.training, learns=learns)
         if reason:
             left.append(Left(name, reason))
         else:
             norms[layer] = name
     return norms, left
-
-
-def _why_left(layer: _BatchNorm, *, training: bool, learns: bool) -> str:
-    """Why ``layer`` keeps its statistics, or "" if it does not."""
-    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
-        return "tracks no running statistics"
-    if isinstance(layer, BatchNorm) and layer.options.frozen:
-        return "is frozen"
-    fixed = not any(p.requires_grad for p in layer.parameters())
-    if training and fixed and not layer.training:
-        return "is frozen: in eval mode within a model in train mode, and without a gradient"
-    if not training and fixed and learns and layer.affine:
-        return "is frozen: its weight and bias need no gradient, others of the model do"
-    return ""
 
 
 # -- data ---------------------------------------------------------------------------------------
@@ -375,49 +348,10 @@ def _tenth(count: int) -> range:
 # -- ranks --------------------------------------------------------------------------------------
 
 
-class _World:
-    """All ranks, or this process alone. Every rank makes the same calls in the same order."""
-
-    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
-        self._device, self._ranks = device, Ranks()
-        self._joint = self._ranks.active and not alone
-        self.sum = self._ranks.sum if self._joint else lambda x: x
-
-    def counts(self, *numbers: float) -> list[int]:
-        """Each number summed over ranks."""
-        return [int(n) for n in self.sums(*numbers)]
-
-    def sums(self, *numbers: float) -> list[float]:
-        """Each number summed over ranks."""
-        if not self._joint:
-            return list(numbers)
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        summed: list[float] = self.sum(mine).tolist()
-        return summed
-
-    def jointly(self, work: Callable[[], T]) -> T:
-        """Do ``work``; if it fails on one rank it fails on all, so that none waits for another.
-
-        Raises:
-            RuntimeError: it failed on another rank.
-        """
-        failure: Exception | None = None
-        try:
-            done = work()
-        except Exception as error:
-            failure = error
-        (failed,) = self.counts(failure is not None)
-        if failure is not None:
-            raise failure
-        if failed:
-            raise RuntimeError(f"recalibrate failed on {failed} other ranks; nothing was changed.")
-        return done
-
-
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: _World) -> Measured:
+def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: World) -> Measured:
     """Loss and accuracy over all examples held out on all ranks."""
 
     def totals() -> list[float]:
@@ -439,179 +373,12 @@ def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: _Worl
     )
 
 
-class _Seen:
-    """The moments of what one layer is given in a pass, (1, C) in float64, and how often."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        mean, _ = _statistics(layer)
-        self.moments = Moments(*(torch.zeros_like(widest(mean))[None] for _ in range(3)))
-        self.calls = self.skipped = 0
-
-    def add(self, x: Tensor, mask: Tensor | None, to: Callable[[Tensor], Tensor]) -> Moments | None:
-        """Take in one input; None if it does not count: not finite, or not (N, C, *S)."""
-        self.calls += 1
-        if x.ndim < 2 or x.shape[1] != self.moments.mean.shape[1]:
-            self.skipped += 1  # if it is wrong, the layer itself says so best
-            return None
-        if mask is not None:
-            mask = functional.valid(mask, x)
-            x = torch.where(mask, x, 0)
-        part = functional.moments(to(x), mask)
-        if not bool(torch.isfinite(part.mean).all() & torch.isfinite(part.var).all()):
-            self.skipped += 1
-            return None
-        self.moments = functional.pool(functional.joined([self.moments, part]))
-        return part
-
-
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Copies of the running mean and variance."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean.detach().clone(), layer.running_var.detach().clone()
-
-
-def _input_of(layer: _BatchNorm, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What a call of ``layer`` gives it, and the mask."""
-    x: Any = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-    mask: Tensor | None = None
-    if isinstance(layer, BatchNorm):
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-    return x, mask
-
-
-def _pass(
-    call: Call,
-    layers: Iterable[_BatchNorm],
-    batches: Iterable[Any],
-    *,
-    own: bool,
-    to: Callable[[Tensor], Tensor] = widest,
-) -> dict[_BatchNorm, _Seen]:
-    """What each layer is given over all batches.
-
-    Args:
-        own: each input is normalized by its own statistics instead of the running ones.
-        to: what inputs are made of before their moments are taken; sums are float64 either way.
-    """
-    seen = {layer: _Seen(layer) for layer in layers}
-
-    def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, _BatchNorm)
-        part = seen[layer].add(*_input_of(layer, args, kwargs), to)
-        if own and part is not None:
-            _write(layer, part)
-
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in seen]
-    try:
-        for batch in batches:
-            call(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _join(seen: dict[_BatchNorm, _Seen], world: _World) -> None:
-    """Pool ``seen`` over ranks: counts and sums first, then squares about the common mean."""
-    parts = list(seen.values())
-    if not parts:
-        return
-    home = parts[0].moments.mean.device
-    count, mean, var = (torch.cat([p.moments[i][0].to(home) for p in parts]) for i in (2, 0, 1))
-    calls = count.new_tensor([[p.calls, p.skipped] for p in parts]).flatten()
-    channels = len(count)
-    first = world.sum(torch.cat([count, mean * count, calls]))
-    total, sums, calls = torch.split(first, [channels, channels, len(calls)])
-    common = sums / total.clamp(min=1)
-    squares = world.sum((var + (mean - common).square()) * count)
-    pooled = Moments(common, squares / total.clamp(min=1), total)
-    sizes = [p.moments.mean.shape[1] for p in parts]
-    split = zip(*(torch.split(column, sizes) for column in pooled), strict=True)
-    for part, columns, (called, skipped) in zip(
-        parts, split, calls.view(-1, 2).tolist(), strict=True
-    ):
-        part.moments = Moments(*(c[None].to(part.moments.mean.device) for c in columns))
-        part.calls, part.skipped = int(called), int(skipped)
-
-
-def _fitting(layer: _BatchNorm, pooled: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and unbiased variance in the buffers' dtype, and in which channels they are sound.
-
-    That is, of more than one value, and finite: a half-precision buffer ends at 65504.
-    """
-    old_mean, old_var = _statistics(layer)
-    mean = pooled.mean[0].to(old_mean.dtype)
-    var = functional.unbiased(pooled.var, pooled.count)[0].to(old_var.dtype)
-    sound = (pooled.count > 1)[0] & torch.isfinite(mean) & torch.isfinite(var)
-    return torch.where(sound, mean, old_mean), torch.where(sound, var, old_var), sound
-
-
-def _write(layer: _BatchNorm, pooled: Moments) -> bool:
-    """Set the running statistics in the channels where they are sound; return if any changed."""
-    old = _statistics(layer)
-    new = _fitting(layer, pooled)[:2]
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    # .data: a backward that still waits holds the statistics, but does not look at them.
-    layer.running_mean.data.copy_(new[0])
-    layer.running_var.data.copy_(new[1])
-    return not all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
-
-
-class _Settled(NamedTuple):
-    """What the last pass saw, how many there were, and whether it changed nothing any more."""
-
-    seen: dict[_BatchNorm, _Seen]
-    passes: int
-    still: bool
-
-
-def _settle(
-    call: Call,
-    norms: Collection[_BatchNorm],
-    batches: Iterable[Any],
-    world: _World,
-    *,
-    total: int,
-    exact: bool,
-    to: Callable[[Tensor], Tensor] = widest,
-) -> _Settled:
-    """Pass over the data until the statistics are those of what inference gives each layer."""
-    seen: dict[_BatchNorm, _Seen] = {}
-    most = len(norms) + 1 if norms else 0
-    for done in range(1, most + 1):
-        own = done == 1 and (total == 1 or not exact)
-        old, seen = (
-            seen,
-            world.jointly(
-                lambda own=own: _pass(call, norms, batches, own=own, to=to)  # type: ignore[misc]
-            ),
-        )
-        _join(seen, world)
-        changed = [_write(layer, seen[layer].moments) for layer in norms]
-        if own and (not exact or all(part.calls <= 1 for part in seen.values())):
-            return _Settled(seen, done, True)
-        same = done > 1 and all(_same(old[n].moments, seen[n].moments) for n in norms)
-        # Ranks must agree: before the first pass their statistics may differ.
-        if not own and not any(world.counts(any(changed) and not same)):
-            return _Settled(seen, done, True)
-    return _Settled(seen, most, not norms)
-
-
-def _same(a: Moments, b: Moments) -> bool:
-    """Whether two passes saw the same, up to rounding in float64."""
-    std = b.var.sqrt()
-    means = (a.mean - b.mean).abs() <= SAME * (b.mean.abs() + std)
-    return bool((means & ((a.var - b.var).abs() <= SAME * b.var)).all())
-
-
 # -- the result ---------------------------------------------------------------------------------
 
 
 def _rows(
     norms: dict[_BatchNorm, str],
-    seen: dict[_BatchNorm, _Seen],
+    seen: dict[_BatchNorm, Seen],
     old: dict[_BatchNorm, tuple[Tensor, Tensor]],
     batches: int,
     left: list[Left],
@@ -640,21 +407,21 @@ def _half_life(momentum: float | None) -> int:
     return batches if (1 - momentum) ** batches <= 0.5 else batches + 1
 
 
-def _why_unwritten(layer: _BatchNorm, seen: _Seen) -> str:
+def _why_unwritten(layer: _BatchNorm, seen: Seen) -> str:
     if not seen.calls:
         return "was never called"
     if seen.calls == seen.skipped:
         return "no batch gave it finite input of shape (N, C, *S)"
     if not bool((seen.moments.count > 1).any()):
         return "saw fewer than two values per channel"
-    if not bool(_fitting(layer, seen.moments)[2].any()):
+    if not bool(fitting(layer, seen.moments)[2].any()):
         return "its new statistics do not fit into the dtype of its buffers"
     return ""
 
 
-def _row(layer: _BatchNorm, name: str, seen: _Seen, old: tuple[Tensor, Tensor]) -> Row:
+def _row(layer: _BatchNorm, name: str, seen: Seen, old: tuple[Tensor, Tensor]) -> Row:
     (mean, var), (new_mean, new_var) = (
-        (widest(a), widest(b)) for a, b in (old, _statistics(layer))
+        (widest(a), widest(b)) for a, b in (old, statistics_of(layer))
     )
     mean_dtype = str(old[0].dtype).removeprefix("torch.")
     drift = (new_mean - mean).abs() / (var + layer.eps).sqrt()
@@ -666,7 +433,7 @@ def _row(layer: _BatchNorm, name: str, seen: _Seen, old: tuple[Tensor, Tensor]) 
         notes.append("was not finite before")
     if seen.skipped:
         notes.append(f"{seen.skipped} of {seen.calls} calls were not finite and do not count")
-    unsound = int((~_fitting(layer, seen.moments)[2]).sum())
+    unsound = int((~fitting(layer, seen.moments)[2]).sum())
     if unsound:
         notes.append(
             f"{unsound} channels stay: fewer than two values, or statistics beyond {mean_dtype}"

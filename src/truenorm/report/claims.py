@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from truenorm.files import to_json
 from truenorm.report import pages
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.report.pages import page
-from truenorm.report.run_plots import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
-from truenorm.studies.claims.catalogue import CLAIMS, Finding, Findings, Judged, Plot
+from truenorm.studies.claims.catalogue import CLAIMS
+from truenorm.studies.claims.claim import Finding, Findings, Judged, Plot
 from truenorm.studies.runner import Observer, Progress
-from truenorm.training.run import to_json
 
 
 def listed(*, as_json: bool) -> None:

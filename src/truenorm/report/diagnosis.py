@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from truenorm.cli.target import Target
-from truenorm.doctor.diagnosis import Diagnosis, Finding
+from truenorm.doctor.diagnosis import Diagnosis
+from truenorm.doctor.finding import Finding
 from truenorm.doctor.rendering import folded, verdict
+from truenorm.errors import InputError
+from truenorm.files import to_json, write_atomically
 from truenorm.layers.recalibration import Recalibration
-from truenorm.training.run import to_json, write_atomically
 
 
 def format_of(out: Path | None) -> str:
@@ -24,18 +25,21 @@ def format_of(out: Path | None) -> str:
 
 def deliver(
     diagnosis: Diagnosis,
-    opened: Target,
     format: str,
     out: Path | None,
+    *,
+    name: str,
+    file: str,
     applied: Collection[Finding] | None = None,
 ) -> None:
     """Print the diagnosis, or write it to ``out`` and say so on stderr.
 
     Args:
         diagnosis: what to tell.
-        opened: what was examined.
         format: text, json, sarif or html.
         out: None for stdout.
+        name: of what was examined, as it was given.
+        file: where SARIF places the findings.
         applied: findings that were fixed before, which JSON then lists.
 
     Raises:
@@ -49,8 +53,8 @@ def deliver(
     made: dict[str, Callable[[], str]] = {
         "text": lambda: str(diagnosis),
         "json": lambda: json.dumps(diagnosis.to_dict() | fixed, indent=1),
-        "sarif": lambda: diagnosis.to_sarif(opened.file),
-        "html": lambda: diagnosis.to_html(opened.name),
+        "sarif": lambda: diagnosis.to_sarif(file),
+        "html": lambda: diagnosis.to_html(name),
     }
     text = made[format]()
     if out is None:
@@ -93,3 +97,21 @@ def recalibrated(result: Recalibration, out: Path, *, as_json: bool) -> None:
         "left": [it._asdict() for it in result.left],
     }
     print(to_json(about))
+
+
+def known(baseline: Path) -> set[tuple[str, str | None]]:
+    """Code and layer of every finding in an earlier diagnosis's JSON.
+
+    Raises:
+        InputError: the file is none.
+    """
+    if not baseline.exists():
+        raise InputError(f"{baseline}: no such file.")
+    try:
+        held = json.loads(baseline.read_text("utf-8"))["findings"]
+        return {(finding["code"], finding["layer"]) for finding in held}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{baseline}: is no diagnosis; make one with truenorm doctor TARGET --format json "
+            "--out FILE."
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from truenorm.errors import InputError
-from truenorm.training.run import write_atomically
+from truenorm.files import write_atomically
 
 T = TypeVar("T")
 Writers = Mapping[str, Callable[[T], str]]  # by suffix

@@ -7,12 +7,9 @@ stderr.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,15 +20,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from truenorm.folding.export import Exported
-from truenorm.folding.fold import Folded
-from truenorm.training.fit import Epoch, Observer
-from truenorm.training.fit import Progress as Told
+from truenorm.files import to_json
+from truenorm.training.history import Epoch, Observer
+from truenorm.training.history import Progress as Told
 from truenorm.training.job import Job
-from truenorm.training.predict import Prediction
-from truenorm.training.run import to_json, write_atomically
 
 
 @contextlib.contextmanager
@@ -146,86 +139,3 @@ def _result_lines(values: dict[str, Any]) -> Iterator[str]:
 def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:
     if values["stopped"] == "interrupted":
         yield f"continue with: truenorm train --resume {values['run']}"
-
-
-def folded(found: Folded, out: Path | None, *, as_json: bool) -> None:
-    """Print each pair with its error, what was left and why, and the error from end to end."""
-    if as_json:
-        print(to_json({**found.to_dict(), "out": None if out is None else str(out)}))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    _pairs(console, found)
-    exact = "" if found.exact is None else f", {found.exact:.1e} in float64"
-    console.print(f"largest error from end to end: {found.error:.1e} of the largest output{exact}")
-    if out is not None:
-        console.print(str(out), markup=False)
-
-
-def exported(found: Exported, *, as_json: bool) -> None:
-    """Print what was folded, and how far the file's outputs are from the model's."""
-    if as_json:
-        print(to_json(found.to_dict()))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    if found.folded is not None:
-        _pairs(console, found.folded)
-    batch = "any batch size" if found.batch == "dynamic" else f"batches of {found.batch} only"
-    console.print(
-        f"{found.path}: {found.format}, {batch}; run and compared, largest error "
-        f"{found.error:.1e} of the largest output",
-        markup=False,
-    )
-
-
-def _pairs(console: Console, found: Folded) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("norm", "becomes", "error"):
-        table.add_column(name, justify="right" if name == "error" else "left", overflow="fold")
-    for pair in found.pairs:
-        whole = "a scale and shift" if pair.form == "scale and shift" else f"part of {pair.into}"
-        table.add_row(pair.norm or "(model)", whole, f"{pair.error:.1e}")
-    for left in found.left:
-        table.add_row(left.norm or "(model)", f"left: {left.reason}", "")
-    console.print(table)
-    console.print(f"{len(found.pairs)} folded, {len(found.left)} left")
-
-
-def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> None:
-    """Write predictions as CSV to ``out`` or stdout; with ``as_json``, one object on stdout.
-
-    Raises:
-        InputError: ``out`` cannot be written.
-    """
-    if out is not None:
-        write_atomically(out, lambda path: path.write_text(_csv(predicted), "utf-8"))
-    scores = predicted.scores
-    if as_json:
-        about: dict[str, Any] = {
-            "run": predicted.run,
-            "data": predicted.data,
-            "examples": len(predicted.predicted),
-            "accuracy": scores.accuracy if scores else None,
-            "loss": scores.loss if scores else None,
-            "classes": list(predicted.classes),
-            "out": None if out is None else str(out),
-        }
-        if out is None:
-            about["predicted"] = predicted.predicted
-            about["probabilities"] = predicted.probabilities.tolist()
-        print(to_json(about))
-        return
-    if out is None:
-        sys.stdout.write(_csv(predicted))
-    told = f"{len(predicted.predicted):,} examples"
-    if scores is not None:
-        told += f", accuracy {scores.accuracy:.2%}"
-    print(told, file=sys.stderr)
-
-
-def _csv(predicted: Prediction) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", *(f"p({c})" for c in predicted.classes)])
-    for label, row in zip(predicted.predicted, predicted.probabilities.tolist(), strict=True):
-        writer.writerow([label, *(f"{p:.6g}" for p in row)])
-    return text.getvalue()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from truenorm.report.pages import page
 from truenorm.report.run_plots import accuracy_curve, distributions, loss_curves, per_channel
-from truenorm.training.evaluate import Judgement, NormView
 from truenorm.training.job import Job, Outcome
+from truenorm.training.judgement import Judgement, NormView
 
 _MOST_CLASSES = 40  # a larger confusion matrix is not legible; its worst cells are listed
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from truenorm.files import to_json
 from truenorm.report import pages
 from truenorm.report import study_plots as plots
 from truenorm.report.pages import page
@@ -23,7 +24,6 @@ from truenorm.studies.runner import Observer, Progress
 from truenorm.studies.study import Study, Summary
 from truenorm.studies.trial import Row
 from truenorm.studies.verdicts import with_unit
-from truenorm.training.run import to_json
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from truenorm.report.run_plots import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, svg
 from truenorm.studies.plan import Variant
 from truenorm.studies.study import Study
 

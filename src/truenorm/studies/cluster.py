@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from truenorm.data.sources import Uncut
+from truenorm.data.datasets import Uncut
 from truenorm.errors import InputError, one_line
-from truenorm.studies.trial import ATTEMPTS, Bench, Row, Trial, failed
+from truenorm.studies.bench import Bench
+from truenorm.studies.trial import ATTEMPTS, Row, Trial, failed
 
 ANSWER = 10.0  # seconds that the head of a cluster may take to answer
 

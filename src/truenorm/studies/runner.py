@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from truenorm.data.sources import Uncut
+from truenorm.data.datasets import Uncut
 from truenorm.errors import InputError, choose
 from truenorm.studies.cluster import RayPool
 from truenorm.studies.store import Store

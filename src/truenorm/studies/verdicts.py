@@ -12,13 +12,12 @@ from truenorm.studies.paired import (
     Comparison,
     Decision,
     Verdict,
-    Watched,
     amount,
     compare_scores,
     hundredths,
-    monitor,
     verdict,
 )
+from truenorm.studies.sequential import Watched, monitor
 
 Against = Literal["first", "all"]
 AGAINST: tuple[str, ...] = get_args(Against)
@@ -124,7 +123,7 @@ def watch(
 ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
     """Verdicts after the last of ``looks``, and the variants that need more seeds.
 
-    Arguments as for :func:`judge` and :func:`truenorm.studies.paired.monitor`.
+    Arguments as for :func:`judge` and :func:`truenorm.studies.sequential.monitor`.
     """
     higher = metric.endswith("accuracy")
     seen = monitor(

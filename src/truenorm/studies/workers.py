@@ -29,9 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from truenorm.data.datasets import Dataset, Scaling
-from truenorm.data.sources import Uncut
-from truenorm.studies.trial import ATTEMPTS, Bench, Row, Trial, failed
+from truenorm.data.datasets import Dataset, Scaling, Uncut
+from truenorm.studies.bench import Bench
+from truenorm.studies.trial import ATTEMPTS, Row, Trial, failed
 
 # The caller's import path, so that a worker imports the very same packages.
 _START = """

@@ -16,7 +16,8 @@ from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import TrainConfig, recipe
 from truenorm.training.evaluate import logits_of
-from truenorm.training.fit import History, fit
+from truenorm.training.fit import fit
+from truenorm.training.history import History
 
 Array = np.ndarray[Any, Any]
 

@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from truenorm.data.datasets import Batch, Splits, chunks, in_batches, shifted
+from truenorm.data.batches import Batch, chunks, in_batches, shifted
+from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
 from truenorm.layers.transaction import transactional
 from truenorm.training.config import TrainConfig
+from truenorm.training.devices import device_of, has_fast_bf16, threads
 from truenorm.training.evaluate import autocast, logits_of, score, wide
+from truenorm.training.history import Epoch, History, Observer, Progress, Stopped
 from truenorm.training.optimizer import Optimizer, learning_rate
 from truenorm.training.run import Run
+from truenorm.training.steps import loss_of, seeded
 
-Stopped = Literal["early", "finished", "interrupted", "nan"]
 _CHECKPOINT_SECONDS = 2.0  # the work that a kill may cost; a checkpoint costs about 20 ms
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's record. Losses are mean cross entropies per example, in nats.
-
-    ``train_loss`` is what was minimized: with label smoothing, in train mode, while the
-    weights moved. ``valid_loss`` and ``valid_accuracy`` are plain, in eval mode, at its end.
-    """
-
-    epoch: int  # from 1
-    train_loss: float
-    valid_loss: float
-    valid_accuracy: float
-    lr: float  # of the epoch's last step
-    seconds: float  # of fitting, up to this epoch's end
-    best: bool
-
-
-@dataclass(frozen=True)
-class History:
-    """How a fit went.
-
-    Attributes:
-        epochs: the record of each.
-        best_epoch: the epoch whose weights and buffers the model now holds; 0 for those it
-            came with.
-        stopped: why training ended.
-        seconds: time of fitting, validation and checkpoints included.
-        fault: for ``nan``, what happened where.
-    """
-
-    epochs: tuple[Epoch, ...]
-    best_epoch: int
-    stopped: Stopped
-    seconds: float
-    fault: str | None = None
-
-    @property
-    def best(self) -> Epoch | None:
-        """The best epoch's record."""
-        return self.epochs[self.best_epoch - 1] if self.best_epoch else None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What an observer is told: the examples done of this epoch, and its record at its end."""
-
-    epoch: int
-    epochs: int
-    done: int
-    total: int
-    record: Epoch | None = None
-
-
-Observer = Callable[[Progress], None]
 
 
 @dataclass
@@ -167,7 +111,9 @@ class _Training:
         self.optimizer = Optimizer(self.model, self.config)
         self.stopping = EarlyStopping(self.config.patience, self.config.min_delta)
         self.best = (0, snapshot(self.model))  # the best epoch and its state; 0 is before any
-        self.amp = self.config.amp == "bf16" or (self.config.amp == "auto" and _bf16(self.device))
+        self.amp = self.config.amp == "bf16" or (
+            self.config.amp == "auto" and has_fast_bf16(self.device)
+        )
         # In a model in eval mode nothing was frozen: it was only evaluated before.
         inside = self.model.modules() if self.model.training else ()
         self.frozen = [m for m in inside if not m.training]
@@ -334,25 +280,6 @@ class _Training:
             self._tell(record.epoch, len(self.splits.train), record)
 
 
-def seeded(seed: int, epoch: int) -> torch.Generator:
-    """The generator of an epoch's order and augmentation; torch's own, of dropout, is set alike.
-
-    A function of seed and epoch alone, so that a checkpoint needs no generator's state.
-    """
-    of_epoch = (seed * 1_000_003 + epoch) % 2**63
-    torch.manual_seed(of_epoch)
-    return torch.Generator().manual_seed(of_epoch)
-
-
-def loss_of(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Mean cross entropy of ``logits`` (B, K) over the batch, by example weights."""
-    if batch.weight is None:
-        return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
-    losses = F.cross_entropy(logits, batch.y, label_smoothing=smoothing, reduction="none")
-    # A batch may hold only examples of weight zero; it then has no loss.
-    return (losses * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
-
-
 def _try_out(model: nn.Module, splits: Splits, device: torch.device) -> None:
     """Pass two examples through in eval mode, so that what does not fit shows at once."""
     few = splits.valid.take(torch.arange(min(2, len(splits.valid))))
@@ -364,42 +291,3 @@ def _try_out(model: nn.Module, splits: Splits, device: torch.device) -> None:
             f": {error}"
         ) from error
     score(logits, few)
-
-
-def device_of(name: str) -> torch.device:
-    """The device called ``name``; "auto" is cuda, mps or cpu, the first that is there.
-
-    Raises:
-        InputError: it is not there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason}); try cpu.") from error
-    return device
-
-
-def _bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name as of 2.13
-    return device.type == "cpu" and has_amx is not None and bool(has_amx())
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let the body run on ``count`` CPU threads, None for as many as now; give them back."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

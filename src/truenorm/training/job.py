@@ -14,11 +14,13 @@ from truenorm.data import sources
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
-from truenorm.training import run as runs
 from truenorm.training.config import recipe as recipe_for
-from truenorm.training.evaluate import Judgement, judge
-from truenorm.training.fit import History, Observer, device_of, fit, threads
+from truenorm.training.devices import device_of, threads
+from truenorm.training.fit import fit
+from truenorm.training.history import History, Observer
+from truenorm.training.judgement import Judgement, judge
 from truenorm.training.run import Request, Run
+from truenorm.training.saved import save_model
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Job:
             InputError: a file cannot be written; the run can be resumed to write it.
         """
         if outcome.judgement is not None:
-            self.run.save_model(outcome.model, runs.describe(self.request, self.splits))
+            save_model(self.run, outcome.model, self.request, self.splits)
         if report is not None:
             self.run.save_report(report)
         if outcome.history.stopped != "interrupted":

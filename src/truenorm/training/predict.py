@@ -14,7 +14,7 @@ from truenorm.data.sources import load_for_prediction
 from truenorm.errors import InputError
 from truenorm.folding.export import FORMATS, Program, load_program
 from truenorm.training.evaluate import Scores, logits_of, score
-from truenorm.training.run import Trained, load_model
+from truenorm.training.saved import Trained, load_model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from truenorm.calling import call as calling
+from truenorm.calling.nested import examples_of
 from truenorm.doctor.check import Found, NotApplicable, batch_norms
 from truenorm.doctor.facts import Facts, NormFacts, values_per_channel
 from truenorm.layers.batch_norm import BatchNorm
@@ -68,7 +68,7 @@ def synced(norm: NormFacts) -> bool:
 
 def last_batch(facts: Facts) -> Iterator[Found]:
     """A batch that leaves a channel one value, or very few."""
-    sizes = [calling.examples_of(batch) for batch in facts.batches]
+    sizes = [examples_of(batch) for batch in facts.batches]
     last = sizes[-1] if facts.last is None else facts.last
     if len(sizes) < 2:
         raise NotApplicable("a single batch")

@@ -4,63 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.distributed as dist
-from torch import nn
-
-from truenorm.doctor.check import Check, Found, NotApplicable, Severity
-from truenorm.doctor.checks import batches, gap, modes, statistics, structure
-from truenorm.doctor.checks import dependence as mates
-from truenorm.doctor.checks.deployment import not_foldable
-from truenorm.doctor.facts import Facts, values_per_channel
-from truenorm.layers.batch_norm import BatchNorm
-
-# A rank's batch below this has noisier statistics than the joined one by more than a tenth.
-SMALL_PER_RANK = 64
-
-
-def unsynchronized(facts: Facts) -> Iterator[Found]:
-    """Data-parallel training whose ranks, or devices, normalize apart."""
-    ranks, devices = _ranks(facts.model), _devices(facts.model)
-    if ranks < 2 and devices < 2:
-        raise NotApplicable("one process, on one device")
-    for norm in facts.batch_norms:
-        module = norm.module
-        synced = isinstance(module, BatchNorm) and module.options.sync
-        joint = ranks > 1 and (synced or isinstance(module, nn.SyncBatchNorm))
-        if joint or norm.fixed:
-            continue
-        # A batch that was given is a rank's; DataParallel cuts it further.
-        counts = [values_per_channel(seen.shape) // devices for seen in norm.seen]
-        if counts and max(counts) >= SMALL_PER_RANK:
-            continue
-        trains = (facts.trains or facts.optimizer is not None) and facts.moves(norm)
-        severity: Severity = "warning" if counts and trains else "note"
-        parts, one = (devices, "device") if devices > 1 else (ranks, "rank")
-        evidence = {f"{one}s": parts, f"values per channel on a {one}": max(counts, default=None)}
-        cause = f"each {one} normalizes its own small share of the batch"
-        advice = ONE_PROCESS if devices > 1 else None
-        yield Found(norm.name, severity, cause, evidence, advice=advice)
-
-
-ONE_PROCESS = (
-    "nn.DataParallel cannot pool statistics, and keeps those of its first device. Use "
-    "DistributedDataParallel after truenorm.convert(model, to='sync')."
+from truenorm.doctor.check import Check, Found, NotApplicable
+from truenorm.doctor.checks import (
+    batches,
+    dependence,
+    deployment,
+    gap,
+    modes,
+    statistics,
+    structure,
 )
-
-
-def _ranks(model: nn.Module) -> int:
-    """Processes that train together: of the wrapper's group, else of all."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    sizes = [dist.get_world_size(m.process_group) for m in wrappers]
-    return max(sizes, default=dist.get_world_size())
-
-
-def _devices(model: nn.Module) -> int:
-    """Devices over which DataParallel cuts a batch; without CUDA it has none and does not."""
-    wrappers = [m for m in model.modules() if isinstance(m, nn.DataParallel)]
-    return max((len(m.device_ids) for m in wrappers), default=1) or 1
+from truenorm.doctor.facts import Facts
 
 
 def _watched(facts: Facts) -> Iterator[Found]:
@@ -179,7 +133,7 @@ CHECKS: tuple[Check, ...] = (
         "TN304",
         "Answers depend on batch mates or padding",
         "data",
-        mates.batch_mates,
+        dependence.batch_mates,
         "Track running statistics; give truenorm's norms the mask.",
         evaluates=True,
     ),
@@ -243,21 +197,21 @@ CHECKS: tuple[Check, ...] = (
         "TN501",
         "Ranks normalize apart",
         "model",
-        unsynchronized,
+        deployment.unsynchronized,
         "truenorm.convert(model, to='sync').",
     ),
     Check(
         "TN502",
         "A subclass loses its behaviour",
         "model",
-        structure.lost_behaviour,
+        deployment.lost_behaviour,
         "Convert with truenorm.convert, which leaves such layers whole and names them.",
     ),
     Check(
         "TN503",
         "Cannot be folded",
         "data",
-        not_foldable,
+        deployment.not_foldable,
         "truenorm.fold folds what it can, and tells the reason of the rest.",
         evaluates=True,
     ),

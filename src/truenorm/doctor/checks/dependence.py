@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from truenorm.calling.call import answers_of, examples_of, part_of, tensors_in
+from truenorm.calling.call import answers_of
 from truenorm.calling.flow import Node
+from truenorm.calling.nested import examples_of, part_of, tensors_in
 from truenorm.doctor.check import Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.layers.functional import moments, wide

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from truenorm.calling.flow import Call
-from truenorm.doctor.check import Found, NotApplicable
-from truenorm.doctor.facts import Facts
+from truenorm.doctor.check import WEIGHTED, Found, NotApplicable, Severity, calls_of
+from truenorm.doctor.facts import Facts, values_per_channel
 from truenorm.errors import InputError
 from truenorm.folding.plan import planned
 from truenorm.folding.subject import Subject
+from truenorm.layers.batch_norm import BatchNorm
 
 
 def not_foldable(facts: Facts) -> Iterator[Found]:
@@ -51,3 +55,83 @@ def _parametrized(subject: Subject, call: Call) -> bool:
         return False
     before = subject.flow.nodes[call.input].module
     return parametrize.is_parametrized(subject.model.get_submodule(before))
+
+
+# A rank's batch below this has noisier statistics than the joined one by more than a tenth.
+SMALL_PER_RANK = 64
+
+
+def unsynchronized(facts: Facts) -> Iterator[Found]:
+    """Data-parallel training whose ranks, or devices, normalize apart."""
+    ranks, devices = _ranks(facts.model), _devices(facts.model)
+    if ranks < 2 and devices < 2:
+        raise NotApplicable("one process, on one device")
+    for norm in facts.batch_norms:
+        module = norm.module
+        synced = isinstance(module, BatchNorm) and module.options.sync
+        joint = ranks > 1 and (synced or isinstance(module, nn.SyncBatchNorm))
+        if joint or norm.fixed:
+            continue
+        # A batch that was given is a rank's; DataParallel cuts it further.
+        counts = [values_per_channel(seen.shape) // devices for seen in norm.seen]
+        if counts and max(counts) >= SMALL_PER_RANK:
+            continue
+        trains = (facts.trains or facts.optimizer is not None) and facts.moves(norm)
+        severity: Severity = "warning" if counts and trains else "note"
+        parts, one = (devices, "device") if devices > 1 else (ranks, "rank")
+        evidence = {f"{one}s": parts, f"values per channel on a {one}": max(counts, default=None)}
+        cause = f"each {one} normalizes its own small share of the batch"
+        advice = ONE_PROCESS if devices > 1 else None
+        yield Found(norm.name, severity, cause, evidence, advice=advice)
+
+
+ONE_PROCESS = (
+    "nn.DataParallel cannot pool statistics, and keeps those of its first device. Use "
+    "DistributedDataParallel after truenorm.convert(model, to='sync')."
+)
+
+
+def _ranks(model: nn.Module) -> int:
+    """Processes that train together: of the wrapper's group, else of all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    sizes = [dist.get_world_size(m.process_group) for m in wrappers]
+    return max(sizes, default=dist.get_world_size())
+
+
+def _devices(model: nn.Module) -> int:
+    """Devices over which DataParallel cuts a batch; without CUDA it has none and does not."""
+    wrappers = [m for m in model.modules() if isinstance(m, nn.DataParallel)]
+    return max((len(m.device_ids) for m in wrappers), default=1) or 1
+
+
+def lost_behaviour(facts: Facts) -> Iterator[Found]:
+    """A subclass whose behaviour a conversion drops, or has dropped."""
+    own = [
+        norm
+        for norm in facts.batch_norms
+        if not type(norm.module).__module__.startswith(("torch.", "truenorm."))
+        and type(norm.module).forward is not _BatchNorm.forward
+        and not isinstance(norm.module, BatchNorm)
+    ]
+    for norm in own:
+        kind = type(norm.module).__name__
+        cause = f"{kind} has a forward of its own, which convert_sync_batchnorm would drop"
+        yield Found(norm.name, "note", cause, {"class": kind})
+    joint = [norm for norm in facts.batch_norms if isinstance(norm.module, nn.SyncBatchNorm)]
+    if not joint or facts.flow is None:
+        return
+    flow, straight = facts.flow, []
+    for norm, call in calls_of(facts, joint):
+        if call.output is None:
+            continue
+        after = [flow.nodes[n] for n in flow.nodes[call.output].outputs]
+        # An activation may come before the norm.
+        bare = call.input is not None and flow.nodes[call.input].op in WEIGHTED
+        if bare and after and all(node.op in WEIGHTED for node in after):
+            straight.append(norm.name)
+    if len(straight) * 2 > len(joint):
+        cause = "most norms go straight into the next layer: their activations have been lost"
+        evidence = {"without activation": len(straight), "of": len(joint)}
+        yield Found(straight[0], "error", cause, evidence)

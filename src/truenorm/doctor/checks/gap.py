@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from truenorm.calling.call import Call, Prepared, examples_of, part_of, tensors_in
+from truenorm.calling.call import Call, Prepared
+from truenorm.calling.nested import examples_of, part_of, tensors_in
 from truenorm.doctor.check import Found, NotApplicable, Severity
 from truenorm.doctor.facts import Facts, NormFacts, Outcome
-from truenorm.layers import recalibration
+from truenorm.layers import recalibration, settling
 
 # A fifth of the loss, and never less than 0.05 nats: below it accuracy hardly moves.
 GAP_SHARE, GAP_LEAST = 0.2, 0.05
@@ -198,7 +199,7 @@ def _norms(facts: Facts) -> list[NormFacts]:
         raise NotApplicable("statistics that are not finite hide the gap; see TN102")
     if not facts.held.losses and all(answers is None for answers in facts.held.answers):
         raise NotApplicable("the model's output holds no loss, and no tensor with answers")
-    free = set(recalibration.chosen(facts.model))
+    free = set(settling.chosen(facts.model))
     norms = [norm for norm in norms if norm.module in free]
     if not norms:
         raise NotApplicable("every batch norm with running statistics is frozen")
@@ -290,13 +291,13 @@ def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
         held = [_statistics(norm) for norm in norms]
         one = SimpleNamespace(args=joined.args, kwargs=joined.kwargs)
         try:
-            recalibration.settle(call, layers, [one])
+            settling.settle(call, layers, [one])
         except Exception:  # of a model that takes batches of one size, or is out of memory
             for norm, statistics in zip(norms, held, strict=True):
                 _put(norm, statistics)
         else:
             return
-    recalibration.settle(call, layers, every)
+    settling.settle(call, layers, every)
 
 
 def _joined(calls: list[Prepared]) -> Prepared | None:

@@ -8,38 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm.calling import call as calling
 from truenorm.calling.borrowing import to_eval
-from truenorm.calling.flow import SHAPING, Call, Flow, Node
-from truenorm.doctor.check import Found, NotApplicable, Severity, batch_norms, flow_of
+from truenorm.calling.flow import SHAPING, Flow, Node
+from truenorm.calling.nested import tensors_in
+from truenorm.doctor.check import (
+    WEIGHTED,
+    Found,
+    NotApplicable,
+    Severity,
+    batch_norms,
+    calls_of,
+    flow_of,
+)
 from truenorm.doctor.checks.batches import pooled_values
 from truenorm.doctor.facts import Facts, NormFacts
-from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.functional import moments, wide
 from truenorm.layers.norms import RMSNorm
 
-_WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"} | {
-    f"conv_transpose{n}d" for n in (1, 2, 3)
-}
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "sync_batch_norm"}
-
-
-def _calls(facts: Facts, norms: list[NormFacts]) -> Iterator[tuple[NormFacts, Call]]:
-    flow = flow_of(facts)
-    for norm in norms:
-        for call in flow.calls_of(norm.name)[:1]:
-            if call.input is not None:
-                yield norm, call
 
 
 def dead_bias(facts: Facts) -> Iterator[Found]:
     """A bias that the norm after it subtracts again."""
     flow, modules = flow_of(facts), dict(facts.model.named_modules())
-    for norm, call in _calls(facts, batch_norms(facts)):
+    for norm, call in calls_of(facts, batch_norms(facts)):
         node = flow.nodes[call.input or 0]
-        if node.op not in _WEIGHTED or len(node.outputs) > 1 or not facts.moves(norm):
+        if node.op not in WEIGHTED or len(node.outputs) > 1 or not facts.moves(norm):
             continue
         before = modules.get(node.module)
         bias = getattr(before, "bias", None)
@@ -90,7 +86,7 @@ def dropout_before(facts: Facts) -> Iterator[Found]:
     def through(node: Node) -> bool:
         return node.op not in _NORMS and "dropout" not in node.op
 
-    for norm, call in _calls(facts, batch_norms(facts)):
+    for norm, call in calls_of(facts, batch_norms(facts)):
         assert call.input is not None
         start = [flow.nodes[call.input]]
         nodes = start + (list(flow.upstream(call.input, through)) if through(start[0]) else [])
@@ -128,7 +124,7 @@ def _variances(
     for norm in norms:
 
         def look(_: nn.Module, args: Any, kwargs: Any, norm: NormFacts = norm) -> None:
-            x = next(calling.tensors_in((args, kwargs)))
+            x = next(tensors_in((args, kwargs)))
             sums[norm].append(moments(wide(x.detach())).var[0].double().cpu())
 
         handles.append(norm.module.register_forward_pre_hook(look, with_kwargs=True))
@@ -167,7 +163,7 @@ _ELEMENTWISE = {"relu", "gelu", "silu", "dropout", "tanh", "add", "mul", "sigmoi
 def wrong_axis(facts: Facts) -> Iterator[Found]:
     """(N, L, C) given to a layer that takes (N, C, L)."""
     flow = flow_of(facts)
-    for norm, call in _calls(facts, batch_norms(facts)):
+    for norm, call in calls_of(facts, batch_norms(facts)):
         assert call.input is not None
         node = flow.nodes[call.input]
         while node.op in _ELEMENTWISE and node.inputs:
@@ -234,7 +230,7 @@ def misplaced(facts: Facts) -> Iterator[Found]:
     """Norm after norm, or as the last layer."""
     flow = flow_of(facts)
     keeping = SHAPING | {"dropout", "permute", "transpose"}
-    for norm, call in _calls(facts, list(facts.norms.values())):
+    for norm, call in calls_of(facts, list(facts.norms.values())):
         if call.input is None or call.output is None:
             continue
         node, alone = flow.nodes[call.input], True
@@ -274,34 +270,3 @@ def _scores(facts: Facts, shape: tuple[int, ...]) -> bool:
     if calling.classifies(out, target):
         return CLASSES_SEEN * shape[1] <= int(target.max()) + 1 <= shape[1]
     return target.shape == out.shape
-
-
-def lost_behaviour(facts: Facts) -> Iterator[Found]:
-    """A subclass whose behaviour a conversion drops, or has dropped."""
-    own = [
-        norm
-        for norm in facts.batch_norms
-        if not type(norm.module).__module__.startswith(("torch.", "truenorm."))
-        and type(norm.module).forward is not _BatchNorm.forward
-        and not isinstance(norm.module, BatchNorm)
-    ]
-    for norm in own:
-        kind = type(norm.module).__name__
-        cause = f"{kind} has a forward of its own, which convert_sync_batchnorm would drop"
-        yield Found(norm.name, "note", cause, {"class": kind})
-    joint = [norm for norm in facts.batch_norms if isinstance(norm.module, nn.SyncBatchNorm)]
-    if not joint or facts.flow is None:
-        return
-    flow, straight = facts.flow, []
-    for norm, call in _calls(facts, joint):
-        if call.output is None:
-            continue
-        after = [flow.nodes[n] for n in flow.nodes[call.output].outputs]
-        # An activation may come before the norm.
-        bare = call.input is not None and flow.nodes[call.input].op in _WEIGHTED
-        if bare and after and all(node.op in _WEIGHTED for node in after):
-            straight.append(norm.name)
-    if len(straight) * 2 > len(joint):
-        cause = "most norms go straight into the next layer: their activations have been lost"
-        evidence = {"without activation": len(straight), "of": len(joint)}
-        yield Found(straight[0], "error", cause, evidence)

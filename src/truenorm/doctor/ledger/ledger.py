@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from truenorm.calling.call import examples_of, tensors_in
+from truenorm.calling.nested import examples_of, tensors_in
 from truenorm.doctor.check import Found
 from truenorm.doctor.diagnosis import Diagnosis, examined
 from truenorm.doctor.facts import Facts
@@ -30,95 +29,16 @@ from truenorm.doctor.ledger.book import (
     Record,
     worth,
 )
+from truenorm.doctor.ledger.fates import WAITING, wants_gradient
+from truenorm.doctor.ledger.hooks import Called, Enter, Leave
+from truenorm.doctor.ledger.pace import CHECK_SHARE, DETAIL_SHARE, LONG_WAY, MOST, WINDOW, clock
 from truenorm.errors import InputError
 
-# Records in detail come in windows of forwards, so that neighbours can be compared: the first one,
-# and again whenever those before have taken less than this share of all time gone by.
-WINDOW, DETAIL_SHARE = 32, 0.005
-# Every write is looked at whether it left the statistics finite, if that takes less than this share
-# of the time. Else only every so many are, and the step at which they ceased to be is bracketed.
-CHECK_SHARE = 0.003
-_MOST = 50_000_000  # nanoseconds that can be saved up: no burst of detail after an idle hour
-_LONG_WAY = 4  # looks at a layer that a forward costs in which layers are looked at, besides these
-_WAITING = 256  # forwards whose fate is open
 # Steps with one forward each, after which it is presumed that a forward is stepped with, and its
 # layers make the calls they made before, as long as counts and shapes bear it out. To look closely
 # costs a small model a tenth of its time.
 _PLAIN = 16
 _SMALL_FACTOR = 1e-3  # a write with less weight shows its batch in too few digits
-_UPSTREAM = 8  # operations between a model's input and the tensor that wants its gradient
-
-_compiling = torch.compiler.is_compiling
-_tracing = torch._C._get_tracing_state
-_transforming = torch._C._functorch.peek_interpreter_stack  # not None inside torch.func's
-_graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
-_NO_GRAPH_TASK = -1
-_now = time.perf_counter_ns
-
-
-def _nothing(*_: Any) -> None:
-    """What a hook becomes in a copy of the model: a copy is not watched."""
-
-
-def _inert() -> Callable[..., None]:
-    return _nothing
-
-
-class _Hook:
-    """A hook that a copied or saved model carries as one that does nothing.
-
-    ``watches`` tells :func:`truenorm.calling.borrowing.borrowed` to leave it to its ledger.
-    """
-
-    watches = True
-
-    def __init__(self, ledger: Ledger, to: Any) -> None:
-        self.ledger, self.to = ledger, to
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-class _Enter(_Hook):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Replicas of a module share its hooks.
-        if _compiling() or module is not self.to:
-            return
-        ledger = self.ledger
-        if ledger.depth:
-            ledger.depth += 1
-        elif _graph_task() == _NO_GRAPH_TASK:
-            ledger.depth = 1
-            ledger.begin(module, args, kwargs)
-
-
-class _Leave(_Hook):
-    def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
-        if _compiling() or module is not self.to:
-            return
-        ledger = self.ledger
-        if ledger.depth:
-            ledger.depth -= 1
-            if not ledger.depth:
-                ledger.end()
-
-
-class _Called(_Hook):
-    def __call__(self, module: Any, args: Any, out: Any) -> None:
-        layer: Layer = self.to
-        # Values cannot be read by the compiler, by a tracer and in torch.func's transforms.
-        blind = _compiling() or _tracing() or _transforming() is not None
-        if blind or module is not layer.module:
-            return
-        ledger = self.ledger
-        if _graph_task() != _NO_GRAPH_TASK:
-            ledger.repeated(layer, module, args, out)
-        elif ledger.depth:
-            ledger.called(layer, module, args, out)
-        else:  # called by itself
-            ledger.begin(module, args, {})
-            ledger.called(layer, module, args, out)
-            ledger.end()
 
 
 class Ledger:
@@ -133,7 +53,7 @@ class Ledger:
         self._handles: list[Any] = []
         self._gradients: dict[int, Gradient] = {}
         self._pending: list[Forward] = []  # with gradients that have reached no parameter yet
-        self._bare: deque[Forward] = deque(maxlen=_WAITING)  # with none, unless recomputed
+        self._bare: deque[Forward] = deque(maxlen=WAITING)  # with none, unless recomputed
         self._optimizers: dict[int, tuple[Any, int, frozenset[int]]] = {}
         self._last_optimizer: Any = None
         self._fresh = self._by_inner = False  # see _count()
@@ -164,7 +84,7 @@ class Ledger:
             raise InputError(
                 "this ledger is open already; call truenorm.watch again for a second one."
             )
-        self._clock, self.depth = _now(), 0
+        self._clock, self.depth = clock(), 0
         self._inner = _inside(self._book.model)
         self._take_in_layers()
         on = self._handles.append
@@ -173,7 +93,7 @@ class Ledger:
             layers = [by_module[part] for part in module.modules() if part in by_module]
             if layers and module not in by_module:
                 self._layers_in[module] = layers
-                enter, leave = _Enter(self, module), _Leave(self, module)
+                enter, leave = Enter(self, module), Leave(self, module)
                 on(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
                 on(module.register_forward_hook(leave, always_call=True))
         self._look_closely()
@@ -234,7 +154,7 @@ class Ledger:
         self._forward = forward = Forward(self._book.steps, grad=grad, inside=self._open)
         forward.key = tuple(key)
         if wanting and grad:
-            forward.attacks = any(map(_wants_gradient, tensors_in((args, kwargs))))
+            forward.attacks = any(map(wants_gradient, tensors_in((args, kwargs))))
             forward.generated = not forward.attacks
         if self._detailed:
             forward.detailed = True
@@ -263,10 +183,10 @@ class Ledger:
             self._pending.append(forward)
             self._second |= self._open
             self._open = True
-            if len(self._pending) > _WAITING:  # someone keeps every graph
+            if len(self._pending) > WAITING:  # someone keeps every graph
                 del self._pending[0]
         elif forward.writes:
-            if len(self._bare) == _WAITING:
+            if len(self._bare) == WAITING:
                 self._tally_bare(self._bare.popleft())
             self._bare.append(forward)
 
@@ -275,11 +195,11 @@ class Ledger:
     def _next_window(self) -> None:
         """Decide anew what there is time for."""
         self._write_down()
-        now = _now()
+        now = clock()
         gone, self._clock = now - self._clock, now
-        self._saved = min(_MOST, self._saved + int(DETAIL_SHARE * gone) - self._spent)
+        self._saved = min(MOST, self._saved + int(DETAIL_SHARE * gone) - self._spent)
         self._detailed, self._left, self._spent = self._saved >= 0, WINDOW - 1, 0
-        check = self._dearest * (len(self._book.layers) + _LONG_WAY)
+        check = self._dearest * (len(self._book.layers) + LONG_WAY)
         self._every = 1 + int(check * WINDOW / (CHECK_SHARE * gone + 1))
         plain = self._plain >= self._needed and not self._open
         if self._detailed or not plain:
@@ -292,7 +212,7 @@ class Ledger:
         if self._close:
             return
         for layer in self._book.layers.values():
-            hook = layer.module.register_forward_hook(_Called(self, layer), always_call=True)
+            hook = layer.module.register_forward_hook(Called(self, layer), always_call=True)
             self._close.append(hook)
         for gradient in self._gradients.values():
             gradient.attach()
@@ -442,10 +362,10 @@ class Ledger:
 
     def _check(self, layer: Layer) -> None:
         """Look whether its statistics are finite still, where no device must be waited for."""
-        start = _now()
+        start = clock()
         if layer.module._buffers["running_var"].is_cpu and not (layer.bad or layer.broken):
             layer.look_for_bad(self._book.steps)
-            self._dearest = max(self._dearest // 2, _now() - start)
+            self._dearest = max(self._dearest // 2, clock() - start)
 
     def _follow(self, forward: Forward, layer: Layer, module: Any, out: Any) -> None:
         """See to it that the forward's fate will be known."""
@@ -492,7 +412,7 @@ class Ledger:
     def _record(
         self, layer: Layer, module: Any, args: Any, out: Any, *, wrote: bool, backward: bool = False
     ) -> None:
-        start = _now()
+        start = clock()
         forward = self._forward
         x = args[0].detach() if args and isinstance(args[0], Tensor) else None
         first, forward.recorded = not forward.recorded, True
@@ -524,7 +444,7 @@ class Ledger:
                 _within=forward,
             )
         )
-        self._spent += _now() - start
+        self._spent += clock() - start
 
     # -- what becomes of forwards -------------------------------------------------------------
 
@@ -742,26 +662,6 @@ def _inside(model: nn.Module) -> nn.Module:
             break
         model = child
     return model
-
-
-def _wants_gradient(given: Tensor) -> bool:
-    """Whether ``given`` is made of a tensor that wants its gradient and is no parameter.
-
-    So is what an attack feeds to a model. What a generator made comes from parameters.
-    """
-    if given.grad_fn is None:
-        return not isinstance(given, nn.Parameter)
-    nodes, wants = [given.grad_fn], False
-    for _ in range(_UPSTREAM):
-        if not nodes:
-            break
-        node = nodes.pop(0)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter):
-            return False
-        wants |= isinstance(variable, Tensor)
-        nodes += [before for before, _ in node.next_functions if before is not None]
-    return wants and not nodes
 
 
 def _moments(

@@ -11,11 +11,13 @@ import time
 import torch
 from torch import Tensor, nn
 
-from truenorm.data.datasets import Splits, gather
+from truenorm.data.batches import gather
+from truenorm.data.datasets import Splits
 from truenorm.folding.fold import fold
 from truenorm.models import ModelSpec
-from truenorm.studies.probes.setup import Stepper, alone, built
+from truenorm.studies.probes.setup import alone, built
 from truenorm.training.config import TrainConfig
+from truenorm.training.steps import Stepper
 
 BATCHES = (1, 64)
 ROUNDS = 15

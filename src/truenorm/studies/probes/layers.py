@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from truenorm.calling.borrowing import evaluating
-from truenorm.data.datasets import Batch
+from truenorm.data.batches import Batch
 from truenorm.training.evaluate import wide
-from truenorm.training.fit import loss_of
+from truenorm.training.steps import loss_of
 
 WEIGHTED = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 State = dict[str, Tensor]  # parameters by name, without gradient

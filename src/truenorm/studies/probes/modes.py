@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from truenorm.data.datasets import Dataset, Splits, chunks, gather
+from truenorm.data.batches import chunks, gather
+from truenorm.data.datasets import Dataset, Splits
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
 from truenorm.training.config import TrainConfig

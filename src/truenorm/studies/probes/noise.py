@@ -11,9 +11,10 @@ from truenorm.data.datasets import Splits
 from truenorm.layers.norms import NORMS
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.layers import WEIGHTED
-from truenorm.studies.probes.setup import Stepper, alone, built
+from truenorm.studies.probes.setup import alone, built
 from truenorm.studies.probes.shift import watched
 from truenorm.training.config import TrainConfig
+from truenorm.training.steps import Stepper
 
 MEAN = 0.5  # a unit's mean is drawn from U(-MEAN, MEAN) at each step
 SCALE = 1.25  # and its scale from U(1, SCALE)

@@ -12,9 +12,10 @@ from truenorm.data.datasets import Splits
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.conversion import convert
 from truenorm.models import ModelSpec
-from truenorm.studies.probes.setup import UNDEFINED, Stepper, alone, built, scores_of
+from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.evaluate import score, wide
+from truenorm.training.steps import Stepper
 
 WINDOW = 32  # examples that move the running statistics as far as one batch does otherwise
 

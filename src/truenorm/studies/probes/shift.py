@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.calling.call import Call
-from truenorm.data.datasets import Batch, Splits, gather, in_order
-from truenorm.layers.recalibration import chosen, settle
+from truenorm.data.batches import Batch, gather, in_order
+from truenorm.data.datasets import Splits
+from truenorm.layers.settling import chosen, settle
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.layers import (
     Layer,
@@ -27,8 +28,9 @@ from truenorm.studies.probes.layers import (
     state_of,
     without_dropout,
 )
-from truenorm.studies.probes.setup import Stepper, alone, built, mean, scores_of
+from truenorm.studies.probes.setup import alone, built, mean, scores_of
 from truenorm.training.config import TrainConfig
+from truenorm.training.steps import Stepper
 
 MEASURES = 40  # steps that are measured, evenly over the training
 LENGTHS = (0.05, 0.1, 0.2, 0.4)  # 1/2, 1, 2 and 4 times the rate of 0.1

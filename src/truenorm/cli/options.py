@@ -1,0 +1,92 @@
+"""Options that several commands share, their parsing, and the exit statuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from truenorm.errors import InputError
+from truenorm.training.config import TrainConfig, config_help
+
+DONE, FOUND, MENDABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
+
+
+def _settings(*without: str) -> type[Any]:
+    """TrainConfig with every field optional: what is not said is the recipe's choice."""
+    hints, help_of = typing.get_type_hints(TrainConfig), config_help()
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(TrainConfig):
+        if f.name in without:
+            continue
+        kind = hints[f.name]
+        optional: Any = kind if isinstance(kind, types.UnionType) else kind | None
+        negative: dict[str, Any] = {} if kind is bool else {"negative": ""}
+        told = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
+        fields.append((f.name, told, dataclasses.field(default=None)))
+    name = "StudySettings" if without else "Settings"
+    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    made.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
+    return made
+
+
+Settings = _settings()
+# Of a study these are variants, seeds and the tuner's; each of its runs has one thread.
+StudySettings = _settings("batch_size", "lr", "seed", "threads")
+Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
+
+
+def check_file(out: Path | None) -> None:
+    """Refuse at once what could not be written after the work."""
+    if out is not None and out.is_dir():
+        raise InputError(f"{out}: is a folder; --out names a file.")
+
+
+def widths_of(text: str | None) -> tuple[int, ...] | None:
+    """Layer widths, or None for the architecture's own."""
+    return None if text is None else integers("widths", text)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Comma-separated integers.
+
+    Raises:
+        InputError: one is none; the text tells the option.
+    """
+    try:
+        return tuple(int(part) for part in listed(text))
+    except ValueError as error:
+        raise InputError(f"{name} must be integers like 256,128, got {text!r}.") from error
+
+
+def rate(text: str) -> float | str:
+    """A learning rate, or the word that stands for a way to choose one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Comma-separated numbers, at least one.
+
+    Raises:
+        InputError: one is none, or there is none; the text tells the option.
+    """
+    try:
+        parsed = tuple(float(part) for part in listed(text))
+    except ValueError as error:
+        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.") from error
+    if not parsed:
+        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.")
+    return parsed

@@ -1,0 +1,65 @@
+"""How a training went: its epochs, and what it tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stopped = Literal["early", "finished", "interrupted", "nan"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's record. Losses are mean cross entropies per example, in nats.
+
+    ``train_loss`` is what was minimized: with label smoothing, in train mode, while the
+    weights moved. ``valid_loss`` and ``valid_accuracy`` are plain, in eval mode, at its end.
+    """
+
+    epoch: int  # from 1
+    train_loss: float
+    valid_loss: float
+    valid_accuracy: float
+    lr: float  # of the epoch's last step
+    seconds: float  # of fitting, up to this epoch's end
+    best: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """How a fit went.
+
+    Attributes:
+        epochs: the record of each.
+        best_epoch: the epoch whose weights and buffers the model now holds; 0 for those it
+            came with.
+        stopped: why training ended.
+        seconds: time of fitting, validation and checkpoints included.
+        fault: for ``nan``, what happened where.
+    """
+
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
+    stopped: Stopped
+    seconds: float
+    fault: str | None = None
+
+    @property
+    def best(self) -> Epoch | None:
+        """The best epoch's record."""
+        return self.epochs[self.best_epoch - 1] if self.best_epoch else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an observer is told: the examples done of this epoch, and its record at its end."""
+
+    epoch: int
+    epochs: int
+    done: int
+    total: int
+    record: Epoch | None = None
+
+
+Observer = Callable[[Progress], None]
