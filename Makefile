@@ -17,7 +17,7 @@ lint: .venv/ready-dev
 	$(BIN)/lint-imports
 
 zoo: .venv/ready-dev
-	$(BIN)/python -m pytest -m "zoo or not zoo" tests/test_zoo.py tests/test_recall.py
+	$(BIN)/python -m pytest -m "zoo or not zoo" tests/doctor/test_zoo.py tests/doctor/test_recall.py
 
 recall: .venv/ready-dev
 	$(BIN)/python bench/recall.py

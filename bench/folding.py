@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import harness
 import truenorm as tn

@@ -26,11 +26,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
 
 import faults
 import patients
-import test_zoo
 import truenorm
 import zoo
 from truenorm.calling.borrowing import borrowed
@@ -115,7 +114,7 @@ def examined(case: faults.Case, plan: faults.Plan | None, *, data: bool) -> Exam
         facts = gather(case.model, case.batches if data else None, **given)
         if data:
             observe(facts)
-    excused = set(test_zoo.EXPECTED.get(case.host, ()))
+    excused = set(zoo.EXPECTED.get(case.host, ()))
     if case.model.training:
         excused |= FEW_IN_TRAINING.get(case.host, set())
     return Examined(case.host, plan, facts, frozenset(excused))
@@ -222,7 +221,7 @@ def _half(one: Examined) -> str:
 def excuses() -> str:
     """What healthy ones have by design."""
     codes: dict[str, list[str]] = {}
-    for host, expected in (*test_zoo.EXPECTED.items(), *FEW_IN_TRAINING.items()):
+    for host, expected in (*zoo.EXPECTED.items(), *FEW_IN_TRAINING.items()):
         for code in sorted(expected):
             codes.setdefault(code, []).append(host)
     return "\n".join(f"- {code}: {', '.join(hosts)}" for code, hosts in sorted(codes.items()))

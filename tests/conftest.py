@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import signal
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
 import truenorm
+from samples import blobs
 from truenorm.data.datasets import Splits, dataset
 
 # Deterministic, and without a clock: a slow machine must not fail a true property.
@@ -26,14 +24,6 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def blobs(count=120, features=6, classes=3, seed=0, spread=1.0):
-    """Rows around one centre per class: arrays x (N, F) float32 and y (N,)."""
-    rng = np.random.default_rng(seed)
-    y = np.arange(count) % classes
-    centres = rng.normal(size=(classes, features)) * 2
-    return (centres[y] + spread * rng.normal(size=(count, features))).astype(np.float32), y
-
-
 @pytest.fixture
 def splits():
     """60 training and 30 validation rows of 6 features in 3 classes."""
@@ -44,13 +34,3 @@ def splits():
 @pytest.fixture
 def model():
     return truenorm.build(truenorm.ModelSpec(widths=(8,)), (6,), 3, seed=0)
-
-
-def heed_ctrl_c():
-    """For a child process: a shell's background jobs ignore Ctrl-C, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def same_state(a, b):
-    """Whether two state dicts are equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import truenorm
-from conftest import blobs
+from samples import blobs
 from truenorm import InputError
 from truenorm.data import sources
 from truenorm.data.readers.idx import read_idx

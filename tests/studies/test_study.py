@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import truenorm
-from conftest import blobs, heed_ctrl_c
+from children import heed_ctrl_c
+from samples import blobs
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
 from truenorm.data.datasets import Uncut

@@ -4,7 +4,8 @@ import csv
 import random
 import subprocess
 import sys
-from pathlib import Path
+
+import killed
 
 JOB = [
     "--data", "digits", "--dropout", "0.3", "--epochs", "250", "--patience", "250",
@@ -14,8 +15,8 @@ JOB = [
 
 def train(prefix, delays):
     """Train in folders ``prefix`` 0, 1, ..., killed after each of ``delays``; the statuses."""
-    script = Path(__file__).parent / "killed.py"
-    command = [sys.executable, str(script), str(prefix), ",".join(map(str, delays)), *JOB]
+    script = killed.__file__
+    command = [sys.executable, script, str(prefix), ",".join(map(str, delays)), *JOB]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import reference
 import truenorm
-from conftest import blobs, same_state
+from samples import blobs
+from states import same_state
 from truenorm import EarlyStopping, InputError, TrainConfig
 from truenorm.data.batches import chunks
 from truenorm.data.datasets import Splits, dataset

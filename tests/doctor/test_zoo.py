@@ -17,23 +17,6 @@ from truenorm.doctor.diagnosis import Diagnosis
 
 BATCHES = 4  # the fewest by which distributions can be compared
 
-# What is true of them, and why. Nothing else may be found.
-EXPECTED: dict[str, set[str]] = {
-    # Dropout before a batch norm, in the published design: at 0.5 variances differ by 2 to 8, at
-    # monai's 0.25 by 1.4.
-    "fastspeech2 conformer": {"TN103", "TN403"},
-    "speecht5": {"TN403"},
-    "vnet": {"TN403"},
-    "monai discriminator": {"TN403"},
-    "critic": {"TN403"},
-    # transformers gives them Keras's momentum, 0.99 to 0.9997, in torch's sense: the statistics
-    # are those of the last batch alone, where a channel that was silent in it looks dead.
-    "mobilenet v1": {"TN103", "TN104", "TN106"},
-    "mobilenet v2": {"TN103", "TN104", "TN106"},
-    "efficientnet": {"TN103", "TN104"},
-    # Zeros that pad a batch enter the statistics of the convolutions in transformers' Conformer.
-    "wav2vec2 conformer padded": {"TN304"},
-}
 # What is said of them and is not true.
 FALSE_ALARMS: dict[str, set[str]] = {
     # Four batches of 8 clips: exact statistics of so few are off by chance as far as TN103 warns
@@ -79,7 +62,7 @@ EVERY = [_marked(name) for name in zoo.NAMES]
 def test_a_trained_architecture_is_called_healthy(name):
     diagnosis = examined(name)[0]
     found = {f.code for f in diagnosis.findings if f.severity != "note"}
-    excused = EXPECTED.get(name, set()) | FALSE_ALARMS.get(name, set())
+    excused = zoo.EXPECTED.get(name, set()) | FALSE_ALARMS.get(name, set())
     assert found <= excused, str(diagnosis)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import blobs
+from samples import blobs
 from truenorm import InputError, ModelSpec, TrainConfig, compare
 from truenorm.studies.plan import Variant
 from truenorm.studies.trial import Row

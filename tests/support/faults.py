@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import patients
 import truenorm as tn
 import zoo
-from test_zoo import EXPECTED
 from truenorm.calling import call as calling
 from truenorm.calling.nested import examples_of
 from truenorm.doctor.check import Severity
@@ -780,7 +779,7 @@ def plans() -> Iterator[Plan]:
     for code, faults in FAULTS.items():
         for fault in faults:
             hosts = fault.hosts or POOL
-            hosts = tuple(h for h in hosts if code not in EXPECTED.get(h, set()))
+            hosts = tuple(h for h in hosts if code not in zoo.EXPECTED.get(h, set()))
             for i in range(min(HOSTS_OF_A_FAULT, len(hosts))):
                 host = hosts[(turn + i) % len(hosts)]
                 if (code, fault.name, host) not in NO_PLACE:

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 import truenorm
-from conftest import blobs, same_state
+from samples import blobs
+from states import same_state
 from truenorm import InputError, ModelSpec, Run, TrainConfig
 from truenorm.files import to_json, write_atomically
 from truenorm.training import job

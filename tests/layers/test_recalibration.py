@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import patients
 import truenorm as tn
-from conftest import same_state
+from states import same_state
 from truenorm.calling.call import Call, accuracy_of, loss_of, output_of
 from truenorm.calling.nested import examples_of
 from truenorm.layers import recalibration
@@ -672,7 +672,7 @@ def ranks_work(folder, rank):
 def test_ranks_with_unequal_shares_have_the_statistics_of_all_data(tmp_path):
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=120,
         capture_output=True,
         text=True,

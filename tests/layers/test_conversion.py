@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import truenorm as tn
-from conftest import same_state
+from states import same_state
 
 
 def normal(*shape, seed=0):

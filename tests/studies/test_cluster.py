@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import blobs, heed_ctrl_c
+from children import heed_ctrl_c
+from samples import blobs
 from truenorm import compare
 
 # That the rows stay the same where actors are killed is tested in test_study.py.

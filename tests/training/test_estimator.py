@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from conftest import blobs
+from samples import blobs
 from truenorm import NormClassifier
 
 # A weight multiplies an example's loss, but an example that is there twice also enters the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import truenorm as tn
-from test_folding import Heads, images, lively, resnet
+from foldable import Heads, images, lively, resnet
 from truenorm.folding import export as exporting
 
 RAW = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)

@@ -11,7 +11,8 @@ from torch import nn
 
 import reference
 import truenorm
-from conftest import blobs, same_state
+from samples import blobs
+from states import same_state
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, dataset
 from truenorm.data.batches import Batch, chunks
 from truenorm.data.datasets import Uncut

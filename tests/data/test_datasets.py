@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from conftest import blobs
+from samples import blobs
 from truenorm import InputError
 from truenorm.data.batches import chunks, gather, in_batches, in_order, shifted
 from truenorm.data.datasets import Dataset, Scaling, Splits, dataset, split

@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import blobs, heed_ctrl_c
+from children import heed_ctrl_c
+from samples import blobs
 from truenorm.cli import main
 
 

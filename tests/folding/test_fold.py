@@ -14,31 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import truenorm as tn
+from foldable import Heads, images, lively, resnet
 from truenorm.folding.fold import Folded, fold
 from truenorm.folding.modules import ScaleShift, Shifted
 from truenorm.folding.refold import refold
-
-
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """``model`` in eval mode with statistics and affine maps that are not the initial ones."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
-
-    for module in model.modules():
-        mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            continue
-        mean.copy_(draw(mean))
-        var.copy_(draw(var).abs() + 0.3)
-        for parameter in module.parameters(recurse=False):
-            parameter.data.copy_(draw(parameter))
-    return model.eval()
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (4, 3, 9, 9)), generator=torch.Generator().manual_seed(1))
 
 
 def forms(folded: Folded) -> dict[str, str]:
@@ -185,19 +164,6 @@ def test_a_model_that_is_a_norm_alone_is_folded():
     folded = fold(model, images(4, 6))
     assert forms(folded) == {"": "scale and shift"}
     same(model, folded, images(4, 6))
-
-
-class Heads(nn.Module):
-    """A norm whose output several linear layers take, as queries, keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(6)
-        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return torch.softmax(self.query(x) * self.key(x), 1) * self.value(x)
 
 
 def test_a_norm_vanishes_into_all_that_take_its_output():
@@ -525,11 +491,6 @@ def test_a_mask_keeps_our_layer():
 
 
 # -- the model as a whole -------------------------------------------------------------------------
-
-
-def resnet() -> nn.Module:
-    model = tn.build(tn.ModelSpec(name="resnet", widths=(8, 8)), (3, 12, 12), 3, seed=0)
-    return lively(model)
 
 
 def test_the_original_is_untouched():
