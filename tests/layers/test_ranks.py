@@ -15,6 +15,7 @@ import ranks
 import reference
 import truenorm as tn
 from ranks import CASES
+from truenorm.layers import functional
 
 DEADLOCK = 120  # seconds; the process groups give up far sooner
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -118,7 +119,7 @@ def test_outputs_and_statistics_are_those_of_the_reference(name, given):
         for step, (x, _, mask) in enumerate(ranks.batches(case, members)):
             if renorm is not None:  # its schedule ends after one batch
                 numpy.renorm = (renorm.rmax, renorm.dmax) if numpy.batches else (1.0, 0.0)
-            valid = None if mask is None else tn.functional.valid(mask, x).expand(x.shape).numpy()
+            valid = None if mask is None else functional.valid(mask, x).expand(x.shape).numpy()
             expected = numpy.forward(x.numpy(), valid)
             if layer.weight is not None:
                 channels = (-1, *(1,) * len(case.positions))
