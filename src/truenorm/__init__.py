@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from truenorm.moved import MOVED
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -133,6 +135,8 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name in MOVED:
+        return importlib.import_module(f"truenorm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'truenorm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"truenorm.{_HOMES[name]}"), name)
