@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from truenorm.calling.call import answers_of
 from truenorm.calling.flow import Node
 from truenorm.calling.nested import examples_of, part_of, tensors_in
-from truenorm.doctor.check import Found, NotApplicable
+from truenorm.doctor.check import Check, Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.layers.functional import moments, wide
 
@@ -49,6 +49,16 @@ def batch_mates(facts: Facts) -> Iterator[Found]:
     yield from padded
     if unseen is not None and not padded:
         raise unseen
+
+
+TN304 = Check(
+    "TN304",
+    "Answers depend on batch mates or padding",
+    look=batch_mates,
+    looks_at="data",
+    evaluates=True,
+    advice="Track running statistics; give truenorm's norms the mask.",
+)
 
 
 def _mates(facts: Facts, batch: Any) -> Iterator[Found]:

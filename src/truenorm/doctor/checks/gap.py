@@ -17,9 +17,13 @@ from torch import Tensor
 
 from truenorm.calling.call import Call, Prepared
 from truenorm.calling.nested import examples_of, part_of, tensors_in
-from truenorm.doctor.check import Found, NotApplicable, Severity
+from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.checks.batches import calls_differ
+from truenorm.doctor.checks.records import pooled_moments
 from truenorm.doctor.facts import Facts, NormFacts, Outcome
+from truenorm.doctor.ledger.book import Book
 from truenorm.layers import recalibration, settling
+from truenorm.layers.functional import Moments
 
 # A fifth of the loss, and never less than 0.05 nats: below it accuracy hardly moves.
 GAP_SHARE, GAP_LEAST = 0.2, 0.05
@@ -182,6 +186,40 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
         evidence["layers left out for too few values"] = few
     cause = f"{sits}, whose {_told(study, lead)}"
     yield Found(lead.name, severity, cause, evidence, lambda: _recalibrate(facts))
+
+
+def evaluated_on_others(book: Book, facts: Facts) -> Iterator[Found]:
+    """What a model was evaluated on is not what its statistics were made of.
+
+    Only the first norm of a forward is judged: what the others get depends on it.
+    """
+    found = []
+    for layer in book.called:
+        rested = [r for r in layer.records if r.tracked is not None and r.mean is not None]
+        last = [r for r in rested if r.step == rested[-1].step]
+        if not last or last[0].tracked is None:
+            continue
+        mean, var = last[0].tracked.double().cpu()
+        given = pooled_moments(last, one=False)
+        differ, shift, ratio = calls_differ([given, Moments(mean[None], var[None], given.count)])
+        if differ:
+            cause = "the data it was evaluated on have other moments than those it was trained on"
+            evidence = {"shift in standard deviations": shift, "variances": ratio}
+            found.append(Found(layer.name, "warning", cause, evidence))
+    if not found:
+        raise NotApplicable("needs data")  # a part of the answer is no pass
+    yield from found
+
+
+TN103 = Check(
+    "TN103",
+    "Running statistics do not fit the data",
+    look=train_eval_gap,
+    watched=evaluated_on_others,
+    looks_at="data",
+    evaluates=True,
+    advice="Run truenorm.recalibrate(model, data).",
+)
 
 
 # -- what can be looked at ------------------------------------------------------------------------
