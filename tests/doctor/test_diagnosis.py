@@ -98,13 +98,13 @@ def test_many_alike_are_one_row_and_one_article_and_all_in_json_and_sarif():
         ({"code": "TN101"}, {"code": "TN102"}, 2),
     ],
 )
-def test_findings_fold_that_differ_in_layers_and_numbers_alone(one, other, rows):
+def test_findings_are_grouped_that_differ_in_layers_and_numbers_alone(one, other, rows):
     seen = diagnosis(finding(**one), finding(**other))
     assert seen.to_html().count("<article") == rows
     assert str(seen).count("Mend it.") == rows
 
 
-def test_evidence_of_a_fold_is_a_range_or_a_few_names():
+def test_evidence_of_a_group_is_a_range_or_a_few_names():
     made = [finding(layer=f"n{i}", evidence={"p": 0.3, "of": f"d{i}"}) for i in range(5)]
     told = " ".join(str(diagnosis(*made)).split())
     assert "p: 0.3; of: d0, d1, d2, ..." in told

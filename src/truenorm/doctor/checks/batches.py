@@ -52,8 +52,8 @@ def few_values(facts: Facts) -> Iterator[Found]:
         trains = norm.module.training or facts.optimizer is not None
         options = norm.module.options if isinstance(norm.module, BatchNorm) else None
         # Renorm normalizes by the running average, min_count leaves such batches out.
-        held = options is not None and (options.renorm or (options.min_count or 0) > largest)
-        severe = largest < FEW_VALUES and trains and not held
+        spared = options is not None and (options.renorm or (options.min_count or 0) > largest)
+        severe = largest < FEW_VALUES and trains and not spared
         cause = "each batch gives a channel so few values that its statistics are noise"
         yield Found(norm.name, "warning" if severe else "note", cause, evidence)
 
@@ -305,8 +305,8 @@ def _turns(records: list[Record], *, steps: bool) -> _Turns | None:
             pooled = [pooled_moments(list(part), one=True) for part in zip(*blocks, strict=True)]
             differ, shift, ratio = calls_differ(pooled)
             if differ:
-                made = len({record.generated for record in blocks[-1]}) > 1
-                return _Turns(period, parts, shift, ratio, made)
+                generated = len({record.generated for record in blocks[-1]}) > 1
+                return _Turns(period, parts, shift, ratio, generated)
     return None
 
 

@@ -114,16 +114,16 @@ TN502 = Check(
 def not_foldable(facts: Facts) -> Iterator[Found]:
     """A norm that does not vanish into the weights before it, and why."""
     assert facts.call is not None
-    given = facts.call.prepare(facts.batches[0])
+    call = facts.call.prepare(facts.batches[0])
     tracking = {norm.name: norm for norm in facts.batch_norms if norm.tracked is not None}
     if not any(norm.seen for norm in tracking.values()):
         raise NotApplicable("no batch norm with running statistics was called")
     try:
-        subject = Subject.seen(facts.model, given.args, given.kwargs)
+        subject = Subject.seen(facts.model, call.args, call.kwargs)
     except InputError as error:
         raise NotApplicable(str(error)) from error
     parts, left = planned(subject)
-    becomes = {name: made for part in parts for name, made in part.norms.items()}
+    becomes = {name: form for part in parts for name, form in part.norms.items()}
     for name, norm in tracking.items():
         if not norm.seen:
             continue

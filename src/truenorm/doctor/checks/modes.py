@@ -163,9 +163,9 @@ def stray_writes(book: Book, facts: Facts) -> Iterator[Found]:
         if not layer.stepped:
             continue  # none of its writes is any training's: a target network, or a recalibration
         found = [
-            made
+            verdict
             for kind, judge in judges.items()
-            if (strays := layer.strays.get(kind)) and (made := judge(layer, strays, book))  # type: ignore[call-overload]
+            if (strays := layer.strays.get(kind)) and (verdict := judge(layer, strays, book))  # type: ignore[call-overload]
         ]
         yield from found[:1]
 

@@ -31,11 +31,11 @@ def blocks_of(records: list[Record], period: int, *, steps: bool) -> list[list[R
     blocks: dict[int, list[Record]] = defaultdict(list)
     for record in records:
         blocks[(record.step if steps else record.forward) // period].append(record)
-    made: dict[tuple[int, ...], list[list[Record]]] = defaultdict(list)
+    by_steps: dict[tuple[int, ...], list[list[Record]]] = defaultdict(list)
     for block in blocks.values():
         key = tuple((r.step if steps else r.forward) % period for r in block)
-        made[key].append(block)
-    complete = {key: of for key, of in made.items() if len(set(key)) == period}
+        by_steps[key].append(block)
+    complete = {key: of for key, of in by_steps.items() if len(set(key)) == period}
     return max(complete.values(), key=len, default=[])
 
 

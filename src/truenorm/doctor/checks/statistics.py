@@ -66,12 +66,12 @@ TN101 = Check(
 def not_finite(facts: Facts) -> Iterator[Found]:
     """NaN or infinite statistics, gamma or beta."""
     for norm in batch_norms(facts):
-        held: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         if norm.tracked is not None:
-            held = {"running_mean": norm.tracked[0], "running_var": norm.tracked[1]}
+            tensors = {"running_mean": norm.tracked[0], "running_var": norm.tracked[1]}
         named = zip(("weight", "bias"), norm.learned, strict=True)
-        held |= {name: tensor for name, tensor in named if tensor is not None}
-        bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in held.items()}
+        tensors |= {name: tensor for name, tensor in named if tensor is not None}
+        bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in tensors.items()}
         bad = {name: number for name, number in bad.items() if number}
         negative = norm.tracked is not None and bool((norm.tracked[1] < 0).any())
         if bad:
@@ -299,15 +299,15 @@ def copies_differ(facts: Facts) -> Iterator[Found]:
     pairs = [(a, b) for same in groups.values() for i, a in enumerate(same) for b in same[i + 1 :]]
     if not pairs:
         raise NotApplicable("the model holds no two copies of one network")
-    told: set[str] = set()
+    found: set[str] = set()
     for (one, a), (other, b) in pairs:
-        if any(f"{name}.".startswith(f"{bad}.") for bad in told for name in (one, other)):
+        if any(f"{name}.".startswith(f"{bad}.") for bad in found for name in (one, other)):
             continue
         if a is b or _tied(a, b) or _parameter_distance(a, b) > TWIN_PARAMETERS:
             continue
         worst, layer = _statistics_distance(a, b)
         if worst > TWIN_STATISTICS:
-            told.add(other)
+            found.add(other)
             # Members of a list may be layers that follow each other, made as copies.
             stacked = one.rpartition(".")[2].isdigit() and other.rpartition(".")[2].isdigit()
             cause = f"{other} follows {one} in its parameters, not in its buffers"

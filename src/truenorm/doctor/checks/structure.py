@@ -71,16 +71,16 @@ def decayed(facts: Facts) -> Iterator[Found]:
     }
     for group in facts.optimizer.param_groups:
         decay, rate = float(group.get("weight_decay", 0)), float(group.get("lr", 0))
-        held = [names[id(p)] for p in group["params"] if id(p) in names]
-        if decay and held:
+        parameters = [names[id(p)] for p in group["params"] if id(p) in names]
+        if decay and parameters:
             cause = "weight decay pulls gamma toward 0, where it wants to be free"
             evidence = {
                 "weight_decay": decay,
                 "decay of gamma a step": rate * decay,
-                "parameters": len(held),
+                "parameters": len(parameters),
             }
             severity: Severity = "warning" if rate * decay > DECAY_PER_STEP else "note"
-            yield Found(held[0][0].name, severity, cause, evidence)
+            yield Found(parameters[0][0].name, severity, cause, evidence)
 
 
 TN402 = Check(
@@ -172,11 +172,11 @@ def _variances(
             handle.remove()
     ratios = {}
     for norm, seen in sums.items():
-        held, dropped = (
+        kept, dropped = (
             torch.stack(h).mean(0) for h in (seen[: len(seen) // 2], seen[len(seen) // 2 :])
         )
-        alive = held > 1e-12
-        ratios[norm] = float((dropped[alive] / held[alive]).median()) if alive.any() else 1.0
+        alive = kept > 1e-12
+        ratios[norm] = float((dropped[alive] / kept[alive]).median()) if alive.any() else 1.0
     return ratios
 
 
