@@ -13,7 +13,6 @@ from importlib import metadata
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from rich.text import Text
 from truenorm.doctor.check import Severity
 from truenorm.doctor.codes import Code, codes, page
 from truenorm.doctor.finding import SEVERITIES, Examination, Finding
+from truenorm.templates import render
 
 NAMED = 3  # layers and values that are named where many stand in one row
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -265,17 +265,12 @@ def _uri(target: str) -> str:
 
 def as_html(diagnosis: Examination, target: str, *, whole: bool = True) -> str:
     """One page that opens offline, in light and in dark; or, not ``whole``, its content alone."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("truenorm", "doctor"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     numbers = Counter(f.severity for f in diagnosis.findings)
     groups: dict[Severity, list[Alike]] = {severity: [] for severity in SEVERITIES}
     for group in grouped(diagnosis.findings):
         groups[group.first.severity].append(group)
-    return environment.get_template("diagnosis.html").render(
+    return render(
+        "doctor/diagnosis.html",
         diagnosis=diagnosis,
         target=target,
         whole=whole,
