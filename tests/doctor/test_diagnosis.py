@@ -248,6 +248,13 @@ def test_the_documented_codes_are_those_that_are_looked_for():
         assert page(code.code).startswith(f"# {code.code}: {code.title}\n")
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.code)
+def test_a_check_has_a_look_and_needs_what_its_looks_are_given(check):
+    assert check.look or check.watched
+    assert ("ledger" in check.needs) == (check.watched is not None)
+    assert len(check.needs) == (check.look is not None) + (check.watched is not None)
+
+
 def test_an_unknown_code_is_refused_with_the_nearest():
     with pytest.raises(tn.InputError, match=r"unknown code 'TN24'; did you mean TN204\?"):
         page("TN24")

@@ -172,7 +172,7 @@ def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
         for check in CHECKS:
             result = seen_in_model(check, facts, modes)
             if check.watched is not None:
-                result = _joined(seen_in_training(check, book, facts), result)
+                result = _both(seen_in_training(check, book, facts), result)
             results.append(result)
     return _diagnosis(results, len(facts.norms))
 
@@ -242,7 +242,7 @@ def seen_in_training(check: Check, book: Book, facts: Facts) -> Result:
     return Result(check, found)
 
 
-def _joined(watched: Result, looked: Result) -> Result:
+def _both(watched: Result, looked: Result) -> Result:
     """Both; of one layer what was seen in training counts."""
     layers = {found.layer for found in watched.found}
     both = [*watched.found, *(found for found in looked.found if found.layer not in layers)]
