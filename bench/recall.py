@@ -36,7 +36,7 @@ from truenorm.calling.borrowing import borrowed
 from truenorm.doctor.check import Check
 from truenorm.doctor.checks import batches, statistics, structure
 from truenorm.doctor.checks.catalogue import CHECKS
-from truenorm.doctor.diagnosis import _made
+from truenorm.doctor.diagnosis import seen_in_model
 from truenorm.doctor.facts import Facts, gather, observe
 
 PAGE = ROOT / "docs" / "doctor" / "recall.md"
@@ -93,7 +93,7 @@ class Examined:
         """The severity of the check's worst finding, or None."""
         with borrowed(self.facts.model):
             modes = {m: m.training for m in self.facts.model.modules()}
-            found = {f.severity for f in _made(check, self.facts, modes)[1]}
+            found = {f.severity for f in seen_in_model(check, self.facts, modes).found}
         return next((s for s in ("error", "warning", "note") if s in found), None)
 
     def found(self, check: Check) -> bool:
@@ -208,7 +208,7 @@ def misses(sick: list[Examined], well: list[Examined]) -> str:
     for one in well:
         mode = "train" if one.facts.model.training else "eval"
         for check in CHECKS:
-            if check.needs != "ledger" and one.alarms(check):
+            if check.look is not None and one.alarms(check):
                 alarms.append(f"- {check.code} of {one.host} in {mode} mode ({_half(one)} half)")
     lines += ["", "False alarms:", "", *alarms] if alarms else ["", "False alarms: none."]
     return "\n".join(lines)

@@ -18,7 +18,6 @@ from truenorm.calling.borrowing import borrowed
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.codes import codes
 from truenorm.doctor.facts import gather, observe
-from truenorm.doctor.ledger import judging as verdicts
 
 ERROR, WARNING, NOTE = ["error"], ["warning"], ["note"]
 
@@ -690,7 +689,8 @@ def severities_in(function):
 
 
 def test_the_table_of_codes_tells_the_severities_that_the_checks_can_yield():
-    can = {check.code: severities_in(check.look) for check in CHECKS}
-    for code, verdict in verdicts.VERDICTS.items():
-        can[code] |= severities_in(verdict)
+    can = {
+        check.code: {s for look in (check.look, check.watched) if look for s in severities_in(look)}
+        for check in CHECKS
+    }
     assert {code.code: set(code.severities) for code in codes()} == can

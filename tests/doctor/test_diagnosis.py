@@ -98,13 +98,13 @@ def test_many_alike_are_one_row_and_one_article_and_all_in_json_and_sarif():
         ({"code": "TN101"}, {"code": "TN102"}, 2),
     ],
 )
-def test_findings_fold_that_differ_in_layers_and_numbers_alone(one, other, rows):
+def test_findings_are_grouped_that_differ_in_layers_and_numbers_alone(one, other, rows):
     seen = diagnosis(finding(**one), finding(**other))
     assert seen.to_html().count("<article") == rows
     assert str(seen).count("Mend it.") == rows
 
 
-def test_evidence_of_a_fold_is_a_range_or_a_few_names():
+def test_evidence_of_a_group_is_a_range_or_a_few_names():
     made = [finding(layer=f"n{i}", evidence={"p": 0.3, "of": f"d{i}"}) for i in range(5)]
     told = " ".join(str(diagnosis(*made)).split())
     assert "p: 0.3; of: d0, d1, d2, ..." in told
@@ -243,9 +243,16 @@ def test_chromium_draws_the_page_in_light_and_in_dark(tmp_path, dark):
 def test_the_documented_codes_are_those_that_are_looked_for():
     assert [(c.code, c.title) for c in codes()] == [(c.code, c.title) for c in CHECKS]
     for code, check in zip(codes(), CHECKS, strict=True):
-        assert check.needs in code.needs.split(", ")
+        assert code.needs == ", ".join(check.needs)
         assert set(code.severities) <= {"error", "warning", "note"}
         assert page(code.code).startswith(f"# {code.code}: {code.title}\n")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.code)
+def test_a_check_has_a_look_and_needs_what_its_looks_are_given(check):
+    assert check.look or check.watched
+    assert ("ledger" in check.needs) == (check.watched is not None)
+    assert len(check.needs) == (check.look is not None) + (check.watched is not None)
 
 
 def test_an_unknown_code_is_refused_with_the_nearest():

@@ -1,4 +1,4 @@
-"""What a check is, what it finds, and what it asks of the facts first."""
+"""What a check is and finds, and what many checks ask of the facts first."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from truenorm.calling.flow import Call, Flow
 from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.doctor.ledger.book import Book
 
 Severity = Literal["error", "warning", "note"]
-Needs = Literal["model", "data", "optimizer", "ledger", "ranks"]
+Needs = Literal["model", "data", "optimizer", "ledger"]
 # Operations with weights, by the names that flow gives them.
 WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"} | {
     f"conv_transpose{n}d" for n in (1, 2, 3)
@@ -35,22 +36,31 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One fault that a model may have.
+    """One fault that a model may have, and two ways to see it.
 
     Attributes:
         code: stable; documentation, baselines and tests use it.
         title: the fault in a few words.
-        needs: what must be given to look for it.
-        look: what was found, in the facts.
         advice: the remedy.
+        look: what is found in the facts of a model; None if only training shows it.
+        looks_at: what must be given for ``look``.
+        evaluates: whether ``look`` wants the model in eval mode; else it is as given.
+        watched: what is found in the book of a ledger; None if training shows nothing of it.
     """
 
     code: str
     title: str
-    needs: Needs
-    look: Callable[[Facts], Iterator[Found]]
     advice: str
-    evaluates: bool = False  # whether the model must be in eval mode; else it is as given
+    look: Callable[[Facts], Iterator[Found]] | None = None
+    looks_at: Literal["model", "data", "optimizer"] = "model"
+    evaluates: bool = False
+    watched: Callable[[Book, Facts], Iterator[Found]] | None = None
+
+    @property
+    def needs(self) -> tuple[Needs, ...]:
+        """What must be given to find the fault; any one of them is enough."""
+        own: tuple[Needs, ...] = () if self.look is None else (self.looks_at,)
+        return own if self.watched is None else (*own, "ledger")
 
 
 def tracking(facts: Facts) -> list[NormFacts]:

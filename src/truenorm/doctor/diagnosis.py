@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from truenorm.doctor.check import Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
 from truenorm.doctor.finding import SEVERITIES, Finding, Skipped
+from truenorm.doctor.ledger.book import Book
 from truenorm.errors import InputError, choose
 
 if TYPE_CHECKING:
@@ -156,30 +157,23 @@ def examine(
         modes = {m: m.training for m in model.modules()}
         if data is not None:
             observe(facts)
-        results = [_made(check, facts, modes) for check in CHECKS]
+        results = [seen_in_model(check, facts, modes) for check in CHECKS]
     return _diagnosis(results, len(facts.norms))
 
 
-def examined(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    judged: dict[str, Callable[[Facts], Iterator[Found]]],
-) -> Diagnosis:
-    """Examine without data, with checks of ``judged`` in the place of those of the same code."""
+def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
+    """Examine the model of a ledger's book without data, and judge what the book says of it."""
+    model = book.model
     _refuse_without_values(model)
     with borrowed(model), eager(model):
         facts = gather(model, None, optimizer=optimizer, loss=None, device=None, arguments=None)
         modes = {m: m.training for m in model.modules()}
         results = []
         for check in CHECKS:
-            seen: _Result = _made(check, facts, modes)
-            look = judged.get(check.code)
-            if look is not None:
-                watched = _made(replace(check, look=look, needs="model"), facts, modes)
-                known = {found.layer for found in watched[1]}
-                both = [*watched[1], *(found for found in seen[1] if found.layer not in known)]
-                seen = check, both, watched[2] if not both else None
-            results.append(seen)
+            result = seen_in_model(check, facts, modes)
+            if check.watched is not None:
+                result = _both(seen_in_training(check, book, facts), result)
+            results.append(result)
     return _diagnosis(results, len(facts.norms))
 
 
@@ -189,47 +183,88 @@ def _refuse_without_values(model: nn.Module) -> None:
             raise InputError(f"{name} is on the meta device and has no values; load them first.")
 
 
-_Result = tuple[Check, list[Found], str | None]
+# -- one check ------------------------------------------------------------------------------------
 
 
-def _made(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> _Result:
-    """One check's findings, or why it was not made; checks see the modes that were given."""
-    missing = {
-        "data": None if facts.batches else "needs data",
-        "optimizer": None if facts.optimizer is not None else "needs the optimizer",
-        "ledger": "needs truenorm.watch around training",
-    }.get(check.needs)
-    if missing:
-        return check, [], missing
-    for module, mode in modes.items():
-        module.training = mode
+class Result(NamedTuple):
+    """What one check found, or why it could not be made."""
+
+    check: Check
+    found: list[Found]
+    skipped: str | None = None
+
+
+def seen_in_model(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> Result:
+    """What a check finds in the facts of a model whose modules are in ``modes``."""
+    if check.look is None:
+        return Result(check, [], "needs truenorm.watch around training")
+    if check.looks_at == "data" and not facts.batches:
+        return Result(check, [], "needs data")
+    if check.looks_at == "optimizer" and facts.optimizer is None:
+        return Result(check, [], "needs the optimizer")
+    _set_modes(modes)
     # What a check changes to measure, as the statistics, no later one may see.
-    held = borrowed(facts.model) if check.evaluates else contextlib.nullcontext()
+    lent = borrowed(facts.model) if check.evaluates else contextlib.nullcontext()
     try:
-        with held:
+        with lent:
             if check.evaluates:
                 to_eval(facts.model)
-            return check, list(check.look(facts)), None
+            return Result(check, list(check.look(facts)))
     except NotApplicable as why:
-        return check, [], str(why)
+        return Result(check, [], str(why))
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        _set_modes(modes)
 
 
-def _diagnosis(results: list[_Result], layers: int) -> Diagnosis:
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def seen_in_training(check: Check, book: Book, facts: Facts) -> Result:
+    """What a check finds in a ledger's book; no pass where not all layers were seen."""
+    assert check.watched is not None
+    unseen = book.unseen()
+    if not book.called:
+        why = "no batch norm was called while it was watched"
+        if unseen:
+            why = f"no call of a batch norm was seen, though {len(unseen)} moved: "
+            why += "compiled models call none"
+        return Result(check, [], why)
+    try:
+        found = list(check.watched(book, facts))
+    except NotApplicable as why_not:
+        return Result(check, [], str(why_not))
+    if unseen and not found:
+        why = f"nothing was found in the layers seen; not seen were {', '.join(unseen)}: "
+        why += "compiled ones and those that came in later are not"
+        return Result(check, [], why)
+    return Result(check, found)
+
+
+def _both(watched: Result, looked: Result) -> Result:
+    """Both; of one layer what was seen in training counts."""
+    layers = {found.layer for found in watched.found}
+    both = [*watched.found, *(found for found in looked.found if found.layer not in layers)]
+    return Result(watched.check, both, None if both else watched.skipped)
+
+
+# -- all of them ----------------------------------------------------------------------------------
+
+
+def _diagnosis(results: list[Result], layers: int) -> Diagnosis:
     findings = [
         Finding(
             check.code, check.title, found.severity, found.layer, found.evidence, found.cause,
             found.advice or check.advice, found.fix,
         )
-        for check, founds, _ in results
-        for found in founds
+        for check, every, _ in results
+        for found in every
     ]  # fmt: skip
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))  # stable: codes stay in order
     return Diagnosis(
         tuple(findings),
-        tuple(check.code for check, founds, why in results if not founds and why is None),
+        tuple(check.code for check, found, why in results if not found and why is None),
         tuple(Skipped(c.code, c.title, why) for c, _, why in results if why is not None),
         layers,
     )

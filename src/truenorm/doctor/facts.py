@@ -107,7 +107,7 @@ class NormFacts:
 
 
 @dataclass
-class Outcome:
+class Evaluation:
     """Loss (a mean over examples), accuracy and answers of one evaluation, where there are any."""
 
     losses: list[float] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Facts:
         loss: as given.
         arguments: as given.
         flow: the operations of one forward, if there are data.
-        held: what the batches come to in evaluation, with the statistics that the model holds.
+        evaluated: what the batches come to in evaluation, with the running statistics.
         last: examples in the last batch of the data, also where it was not looked at; None if
             that is not known.
     """
@@ -169,7 +169,7 @@ class Facts:
     loss: calling.Loss | None = None
     arguments: calling.Arguments | None = None
     flow: Flow | None = None
-    held: Outcome = field(default_factory=Outcome)
+    evaluated: Evaluation = field(default_factory=Evaluation)
     last: int | None = None
 
     @property
@@ -205,14 +205,14 @@ class Facts:
         learns = any(p.requires_grad for p in self.model.parameters())
         return not own or not learns or norm.learns
 
-    def outcome(self, parts: Sequence[tuple[int, Any]]) -> Outcome:
+    def evaluate(self, parts: Sequence[tuple[int, Any]]) -> Evaluation:
         """Evaluate batches as the model stands, in its present modes.
 
         Args:
             parts: numbered batches; each is begun from the random state that its number gives, so
                 that a model that draws in evaluation draws the same each time.
         """
-        result = Outcome()
+        result = Evaluation()
         assert self.call is not None
         for number, batch in parts:
             torch.manual_seed(number)
@@ -308,22 +308,27 @@ def observe(facts: Facts) -> None:
     for norm in facts.norms.values():
 
         def look(_: nn.Module, args: Any, kwargs: Any, norm: NormFacts = norm) -> None:
-            given = list(tensors_in((args, kwargs)))
-            if given and given[0].is_floating_point() and given[0].ndim >= 2 and given[0].numel():
+            inputs = list(tensors_in((args, kwargs)))
+            if (
+                inputs
+                and inputs[0].is_floating_point()
+                and inputs[0].ndim >= 2
+                and inputs[0].numel()
+            ):
                 number = calls.get(norm.name, 0)
                 calls[norm.name] = number + 1
                 mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
                 number_of = examples_of(facts.batches[place["batch"]])
-                norm.seen.append(_seen(given[0], mask, place["batch"], number, number_of))
+                norm.seen.append(_seen(inputs[0], mask, place["batch"], number, number_of))
 
         handles.append(norm.module.register_forward_pre_hook(look, with_kwargs=True))
     try:
         with torch.no_grad():
             for place["batch"], batch in enumerate(facts.batches):
                 calls.clear()
-                torch.manual_seed(place["batch"])  # see Facts.outcome
+                torch.manual_seed(place["batch"])  # see Facts.evaluate
                 out, target = call(batch)
-                facts.held.add(out, target, examples_of(batch), facts.loss)
+                facts.evaluated.add(out, target, examples_of(batch), facts.loss)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,6 @@ from importlib import metadata
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,15 +20,16 @@ from rich.text import Text
 from truenorm.doctor.check import Severity
 from truenorm.doctor.codes import Code, codes, page
 from truenorm.doctor.finding import SEVERITIES, Examination, Finding
+from truenorm.templates import render
 
-NAMED = 3  # layers and values that are named where many are told of at once
+NAMED = 3  # layers and values that are named where many stand in one row
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 _WITH_DIGIT = re.compile(r"[\w.]*\d[\w.]*")  # numbers, and names such as layer1.0.conv2
 _LINK = re.compile(r"\[([^]]+)\]\([^)]+\.md\)")
 
 
 @dataclass(frozen=True)
-class Fold:
+class Alike:
     """Findings of one code and severity whose causes differ in numbers and names alone."""
 
     findings: tuple[Finding, ...]
@@ -52,8 +52,8 @@ class Fold:
 
     @property
     def cause(self) -> str:
-        alike = all(f.cause == self.first.cause for f in self.findings)
-        return self.first.cause if alike else f"{self.first.cause}; the others likewise"
+        same = all(f.cause == self.first.cause for f in self.findings)
+        return self.first.cause if same else f"{self.first.cause}; the others likewise"
 
     @property
     def evidence(self) -> dict[str, str]:
@@ -70,13 +70,13 @@ class Fold:
         return "; ".join(f"{name}: {value}" for name, value in self.evidence.items())
 
 
-def folded(findings: Iterable[Finding]) -> list[Fold]:
+def grouped(findings: Iterable[Finding]) -> list[Alike]:
     """``findings`` in their order, each joined to the first that it is like."""
-    alike: dict[tuple[str, ...], list[Finding]] = {}
+    by_cause: dict[tuple[str, ...], list[Finding]] = {}
     for f in findings:
         cause = _WITH_DIGIT.sub("#", f.cause)
-        alike.setdefault((f.severity, f.code, cause, str(f.fix is None)), []).append(f)
-    return [Fold(tuple(same)) for same in alike.values()]
+        by_cause.setdefault((f.severity, f.code, cause, str(f.fix is None)), []).append(f)
+    return [Alike(tuple(same)) for same in by_cause.values()]
 
 
 def _some(names: Iterable[str]) -> str:
@@ -90,19 +90,19 @@ def number(value: Any) -> str:
 
 
 def _range(values: list[Any]) -> str:
-    told = dict.fromkeys(map(number, values))
-    if len(told) == 1:
-        return next(iter(told))
+    texts = dict.fromkeys(map(number, values))
+    if len(texts) == 1:
+        return next(iter(texts))
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         return f"{number(min(values))} to {number(max(values))}"
-    return _some(told)
+    return _some(texts)
 
 
 def counted(findings: Iterable[Finding]) -> str:
     """Like "1 error, 2 warnings"; "no findings"."""
     numbers = Counter(f.severity for f in findings)
-    told = [_number_of(numbers[s], s) for s in SEVERITIES if numbers[s]]
-    return ", ".join(told) or "no findings"
+    counts = [_number_of(numbers[s], s) for s in SEVERITIES if numbers[s]]
+    return ", ".join(counts) or "no findings"
 
 
 def verdict(diagnosis: Examination) -> str:
@@ -125,9 +125,9 @@ def _number_of(number: int, what: str) -> str:
 
 def as_table(diagnosis: Examination) -> RenderableType:
     """What counts as a table, then notes and skipped checks in a few lines, the verdict last."""
-    folds = folded(diagnosis.findings)
-    severe = [fold for fold in folds if fold.first.severity != "note"]
-    notes = [fold for fold in folds if fold.first.severity == "note"]
+    groups = grouped(diagnosis.findings)
+    severe = [group for group in groups if group.first.severity != "note"]
+    notes = [group for group in groups if group.first.severity == "note"]
     parts: list[RenderableType] = []
     if severe:
         parts += [_findings(severe), ""]
@@ -139,30 +139,30 @@ def as_table(diagnosis: Examination) -> RenderableType:
     return Group(*parts, Text(verdict(diagnosis), style=f"bold {colour}"))
 
 
-def _findings(folds: list[Fold]) -> Table:
+def _findings(groups: list[Alike]) -> Table:
     # No lines: box drawing is more than some encodings can print.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
     table.add_column("code", no_wrap=True)
     table.add_column("layer", overflow="fold", max_width=24)
     table.add_column("what was found, and what to do", overflow="fold")
-    for fold in folds:
-        first = fold.first
-        told = Text.assemble((first.title, "bold"), f"\n{fold.cause}")
-        if fold.evidence:
-            told.append(f"\n{fold.numbers}", style="dim")
-        told.append(f"\n{first.advice}" + (" (--fix does it)" if first.fix else ""), style="cyan")
+    for group in groups:
+        first = group.first
+        text = Text.assemble((first.title, "bold"), f"\n{group.cause}")
+        if group.evidence:
+            text.append(f"\n{group.numbers}", style="dim")
+        text.append(f"\n{first.advice}" + (" (--fix does it)" if first.fix else ""), style="cyan")
         code = Text(f"{first.code}\n{first.severity}", style=_COLOURS[first.severity])
-        table.add_row(code, Text(fold.where), told)
+        table.add_row(code, Text(group.where), text)
     return table
 
 
-def _notes(folds: list[Fold]) -> Table:
+def _notes(groups: list[Alike]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for fold in folds:
-        told = f"{fold.first.title}, {fold.where}: {fold.cause}"
-        table.add_row(Text(f"{fold.first.code} note"), Text(told), style="dim")
+    for group in groups:
+        text = f"{group.first.title}, {group.where}: {group.cause}"
+        table.add_row(Text(f"{group.first.code} note"), Text(text), style="dim")
     return table
 
 
@@ -170,7 +170,7 @@ def _skipped(diagnosis: Examination) -> Text:
     reasons: dict[str, list[str]] = {}
     for skipped in diagnosis.skipped:
         reasons.setdefault(skipped.why, []).append(skipped.code)
-    lines = [f"skipped, {why}: {', '.join(held)}" for why, held in reasons.items()]
+    lines = [f"skipped, {why}: {', '.join(codes)}" for why, codes in reasons.items()]
     return Text("\n".join(lines), style="dim")
 
 
@@ -187,10 +187,10 @@ def as_text(diagnosis: Examination) -> str:
 def in_lines(findings: Iterable[Finding]) -> str:
     """A few lines for each kind of finding, as an assertion's message has them."""
     lines = []
-    for fold in folded(findings):
-        f = fold.first
-        told = f" ({fold.numbers})" if fold.evidence else ""
-        lines.append(f"  {f.severity} {f.code} {fold.where}: {f.title}: {fold.cause}{told}")
+    for group in grouped(findings):
+        f = group.first
+        numbers = f" ({group.numbers})" if group.evidence else ""
+        lines.append(f"  {f.severity} {f.code} {group.where}: {f.title}: {group.cause}{numbers}")
         lines.append(f"    {f.advice}")
     return "\n".join(lines)
 
@@ -231,7 +231,7 @@ def _result(finding: Finding, target: str, rule: int, seen: Counter[str]) -> dic
     seen[identity] += 1
     # The one fingerprint that code scanning goes by, in its form "hash:occurrence".
     mark = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}:{seen[identity]}"
-    where, told = finding.layer or "(model)", finding.to_dict()
+    where, plain = finding.layer or "(model)", finding.to_dict()
     return {
         "ruleId": finding.code,
         "ruleIndex": rule,
@@ -249,7 +249,7 @@ def _result(finding: Finding, target: str, rule: int, seen: Counter[str]) -> dic
             }
         ],
         "partialFingerprints": {"primaryLocationLineHash": mark},
-        "properties": {"evidence": told["evidence"], "fixable": told["fixable"]},
+        "properties": {"evidence": plain["evidence"], "fixable": plain["fixable"]},
     }
 
 
@@ -265,21 +265,16 @@ def _uri(target: str) -> str:
 
 def as_html(diagnosis: Examination, target: str, *, whole: bool = True) -> str:
     """One page that opens offline, in light and in dark; or, not ``whole``, its content alone."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("truenorm", "doctor"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     numbers = Counter(f.severity for f in diagnosis.findings)
-    folds: dict[Severity, list[Fold]] = {severity: [] for severity in SEVERITIES}
-    for fold in folded(diagnosis.findings):
-        folds[fold.first.severity].append(fold)
-    return environment.get_template("diagnosis.html").render(
+    groups: dict[Severity, list[Alike]] = {severity: [] for severity in SEVERITIES}
+    for group in grouped(diagnosis.findings):
+        groups[group.first.severity].append(group)
+    return render(
+        "doctor/diagnosis.html",
         diagnosis=diagnosis,
         target=target,
         whole=whole,
-        folds=folds,
+        groups=groups,
         number=number,
         counts=[(s, numbers[s]) for s in SEVERITIES],
         titles={code.code: code.title for code in codes()},

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from truenorm.doctor.diagnosis import Diagnosis
 from truenorm.doctor.finding import Finding
-from truenorm.doctor.rendering import folded, verdict
+from truenorm.doctor.rendering import grouped, verdict
 from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
 from truenorm.layers.recalibration import Recalibration
@@ -50,13 +50,13 @@ def deliver(
         console.print(diagnosis)
         return
     fixed = {} if applied is None else {"fixed": [finding.to_dict() for finding in applied]}
-    made: dict[str, Callable[[], str]] = {
+    writers: dict[str, Callable[[], str]] = {
         "text": lambda: str(diagnosis),
         "json": lambda: json.dumps(diagnosis.to_dict() | fixed, indent=1),
         "sarif": lambda: diagnosis.to_sarif(file),
         "html": lambda: diagnosis.to_html(name),
     }
-    text = made[format]()
+    text = writers[format]()
     if out is None:
         print(text)
     else:
@@ -73,9 +73,9 @@ def forgiven(
 
 
 def mended(applied: Collection[Finding], out: Path) -> None:
-    """Say on stderr what a fix did; what is told on stdout is the model after it."""
-    for fold in folded(applied):
-        print(f"fixed {fold.first.code} {fold.where}: {fold.first.title}", file=sys.stderr)
+    """Say on stderr what a fix did; stdout shows the model after it."""
+    for group in grouped(applied):
+        print(f"fixed {group.first.code} {group.where}: {group.first.title}", file=sys.stderr)
     print(f"{'' if applied else 'nothing to fix; '}written to {out}", file=sys.stderr)
 
 
@@ -108,8 +108,8 @@ def known(baseline: Path) -> set[tuple[str, str | None]]:
     if not baseline.exists():
         raise InputError(f"{baseline}: no such file.")
     try:
-        held = json.loads(baseline.read_text("utf-8"))["findings"]
-        return {(finding["code"], finding["layer"]) for finding in held}
+        findings = json.loads(baseline.read_text("utf-8"))["findings"]
+        return {(finding["code"], finding["layer"]) for finding in findings}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{baseline}: is no diagnosis; make one with truenorm doctor TARGET --format json "

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
-
 from truenorm.errors import InputError
 from truenorm.files import write_atomically
+from truenorm.templates import render
 
 T = TypeVar("T")
 Writers = Mapping[str, Callable[[T], str]]  # by suffix
@@ -17,13 +16,7 @@ Writers = Mapping[str, Callable[[T], str]]  # by suffix
 
 def page(template: str, **values: Any) -> str:
     """One page that opens offline, in light and in dark."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("truenorm", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
+    return render(f"report/{template}", **values)
 
 
 def kind_of(out: Path | None, writers: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""The checks: a stable code, a question to the facts, and an answer with evidence or none.
+"""The checks: a stable code, a look at a model's facts, and one at the book of a ledger.
 
-Every threshold stands in its check's module, beside the reason for its number.
+Every check stands under its functions, and every threshold beside the reason for its number.
 """

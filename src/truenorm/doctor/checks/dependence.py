@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from truenorm.calling.call import answers_of
 from truenorm.calling.flow import Node
 from truenorm.calling.nested import examples_of, part_of, tensors_in
-from truenorm.doctor.check import Found, NotApplicable
+from truenorm.doctor.check import Check, Found, NotApplicable
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.layers.functional import moments, wide
 
@@ -49,6 +49,16 @@ def batch_mates(facts: Facts) -> Iterator[Found]:
     yield from padded
     if unseen is not None and not padded:
         raise unseen
+
+
+TN304 = Check(
+    "TN304",
+    "Answers depend on batch mates or padding",
+    look=batch_mates,
+    looks_at="data",
+    evaluates=True,
+    advice="Track running statistics; give truenorm's norms the mask.",
+)
 
 
 def _mates(facts: Facts, batch: Any) -> Iterator[Found]:
@@ -116,10 +126,10 @@ def _pooled_over_examples(facts: Facts, number: int) -> Node | None:
     for node in nodes:
         if node.op not in _STATISTICS or len(node.inputs) != 1:
             continue
-        given, made = nodes[node.inputs[0]].shape, node.shape
-        if len(given) < 2 or given[0] % number or not given[0]:
+        before, after = nodes[node.inputs[0]].shape, node.shape
+        if len(before) < 2 or before[0] % number or not before[0]:
             continue
-        if made in ((), given[1:]) or (len(made) == len(given) and made[0] == 1):
+        if after in ((), before[1:]) or (len(after) == len(before) and after[0] == 1):
             return node
     return None
 
@@ -205,9 +215,9 @@ def _real_by_name(batch: Any) -> Tensor | None:
     return None
 
 
-def _real_by_tails(given: Any) -> Tensor | None:
+def _real_by_tails(arguments: Any) -> Tensor | None:
     """(N, L) bool: False in each example's constant tail, if tails of several lengths exist."""
-    for x in tensors_in(given):
+    for x in tensors_in(arguments):
         if x.ndim not in (2, 3) or x.shape[0] < 2:
             continue
         for axis in (1, 2)[: x.ndim - 1]:

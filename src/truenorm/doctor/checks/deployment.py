@@ -1,4 +1,4 @@
-"""Which norms inference will have to compute, by the analysis that folds them."""
+"""TN5xx: what a model loses when it is trained on many devices, converted, or shipped."""
 
 from __future__ import annotations
 
@@ -10,55 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from truenorm.calling.flow import Call
-from truenorm.doctor.check import WEIGHTED, Found, NotApplicable, Severity, calls_of
+from truenorm.doctor.check import WEIGHTED, Check, Found, NotApplicable, Severity, calls_of
 from truenorm.doctor.facts import Facts, values_per_channel
 from truenorm.errors import InputError
 from truenorm.folding.plan import planned
 from truenorm.folding.subject import Subject
 from truenorm.layers.batch_norm import BatchNorm
 
-
-def not_foldable(facts: Facts) -> Iterator[Found]:
-    """A norm that does not vanish into the weights before it, and why."""
-    assert facts.call is not None
-    given = facts.call.prepare(facts.batches[0])
-    tracking = {norm.name: norm for norm in facts.batch_norms if norm.tracked is not None}
-    if not any(norm.seen for norm in tracking.values()):
-        raise NotApplicable("no batch norm with running statistics was called")
-    try:
-        subject = Subject.seen(facts.model, given.args, given.kwargs)
-    except InputError as error:
-        raise NotApplicable(str(error)) from error
-    parts, left = planned(subject)
-    becomes = {name: made for part in parts for name, made in part.norms.items()}
-    for name, norm in tracking.items():
-        if not norm.seen:
-            continue
-        into, form = becomes.get(name, ("", None))
-        calls = subject.flow.calls_of(name)
-        if "computed anew" in left.get(name, "") and _parametrized(subject, calls[0]):
-            continue  # it can be written down, and then be folded
-        evidence = {"calls": len(calls)}
-        if form is None:
-            yield Found(name, "note", left.get(name, "nothing takes it up"), evidence)
-        elif form == "scale and shift":
-            why = "no weights stand beside it: it becomes a scale and shift"
-            yield Found(name, "note", why, evidence)
-        elif form != "into producer":
-            why = f"no weights stand before it; it can go into what is behind it: {into}"
-            yield Found(name, "note", why, evidence)
-
-
-def _parametrized(subject: Subject, call: Call) -> bool:
-    """Whether what comes right before a norm has a parametrization."""
-    if call.input is None:
-        return False
-    before = subject.flow.nodes[call.input].module
-    return parametrize.is_parametrized(subject.model.get_submodule(before))
-
-
 # A rank's batch below this has noisier statistics than the joined one by more than a tenth.
 SMALL_PER_RANK = 64
+ONE_PROCESS = (
+    "nn.DataParallel cannot pool statistics, and keeps those of its first device. Use "
+    "DistributedDataParallel after truenorm.convert(model, to='sync')."
+)
 
 
 def unsynchronized(facts: Facts) -> Iterator[Found]:
@@ -85,9 +49,11 @@ def unsynchronized(facts: Facts) -> Iterator[Found]:
         yield Found(norm.name, severity, cause, evidence, advice=advice)
 
 
-ONE_PROCESS = (
-    "nn.DataParallel cannot pool statistics, and keeps those of its first device. Use "
-    "DistributedDataParallel after truenorm.convert(model, to='sync')."
+TN501 = Check(
+    "TN501",
+    "Ranks normalize apart",
+    look=unsynchronized,
+    advice="truenorm.convert(model, to='sync').",
 )
 
 
@@ -135,3 +101,60 @@ def lost_behaviour(facts: Facts) -> Iterator[Found]:
         cause = "most norms go straight into the next layer: their activations have been lost"
         evidence = {"without activation": len(straight), "of": len(joint)}
         yield Found(straight[0], "error", cause, evidence)
+
+
+TN502 = Check(
+    "TN502",
+    "A subclass loses its behaviour",
+    look=lost_behaviour,
+    advice="Convert with truenorm.convert, which leaves such layers whole and names them.",
+)
+
+
+def not_foldable(facts: Facts) -> Iterator[Found]:
+    """A norm that does not vanish into the weights before it, and why."""
+    assert facts.call is not None
+    call = facts.call.prepare(facts.batches[0])
+    tracking = {norm.name: norm for norm in facts.batch_norms if norm.tracked is not None}
+    if not any(norm.seen for norm in tracking.values()):
+        raise NotApplicable("no batch norm with running statistics was called")
+    try:
+        subject = Subject.seen(facts.model, call.args, call.kwargs)
+    except InputError as error:
+        raise NotApplicable(str(error)) from error
+    parts, left = planned(subject)
+    becomes = {name: form for part in parts for name, form in part.norms.items()}
+    for name, norm in tracking.items():
+        if not norm.seen:
+            continue
+        into, form = becomes.get(name, ("", None))
+        calls = subject.flow.calls_of(name)
+        if "computed anew" in left.get(name, "") and _parametrized(subject, calls[0]):
+            continue  # it can be written down, and then be folded
+        evidence = {"calls": len(calls)}
+        if form is None:
+            yield Found(name, "note", left.get(name, "nothing takes it up"), evidence)
+        elif form == "scale and shift":
+            why = "no weights stand beside it: it becomes a scale and shift"
+            yield Found(name, "note", why, evidence)
+        elif form != "into producer":
+            why = f"no weights stand before it; it can go into what is behind it: {into}"
+            yield Found(name, "note", why, evidence)
+
+
+TN503 = Check(
+    "TN503",
+    "Cannot be folded",
+    look=not_foldable,
+    looks_at="data",
+    evaluates=True,
+    advice="truenorm.fold folds what it can, and tells the reason of the rest.",
+)
+
+
+def _parametrized(subject: Subject, call: Call) -> bool:
+    """Whether what comes right before a norm has a parametrization."""
+    if call.input is None:
+        return False
+    before = subject.flow.nodes[call.input].module
+    return parametrize.is_parametrized(subject.model.get_submodule(before))

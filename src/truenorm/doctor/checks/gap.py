@@ -17,9 +17,13 @@ from torch import Tensor
 
 from truenorm.calling.call import Call, Prepared
 from truenorm.calling.nested import examples_of, part_of, tensors_in
-from truenorm.doctor.check import Found, NotApplicable, Severity
-from truenorm.doctor.facts import Facts, NormFacts, Outcome
+from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.checks.batches import calls_differ
+from truenorm.doctor.checks.records import pooled_moments
+from truenorm.doctor.facts import Evaluation, Facts, NormFacts
+from truenorm.doctor.ledger.book import Book
 from truenorm.layers import recalibration, settling
+from truenorm.layers.functional import Moments
 
 # A fifth of the loss, and never less than 0.05 nats: below it accuracy hardly moves.
 GAP_SHARE, GAP_LEAST = 0.2, 0.05
@@ -33,14 +37,14 @@ OUTPUT_GAP, OUTPUT_NOISE = 0.5, 2.0
 # deviations; data of another kind change variances by 2 to 3.
 WRONG_BY = 1.5
 # What the cause tells of: the variance from half as much again, else the mean, or one channel.
-TOLD_RATIO, TOLD_SHIFT = 1.5, 0.5
+NAMED_RATIO, NAMED_SHIFT = 1.5, 0.5
 # Values per channel in half of the data. A mean of 32 is off by 0.18 standard deviations, a
 # standard deviation by an eighth.
 LEAST_VALUES = 32
 # What one forward may join; 128 MB in float32.
 MOST_JOINED = 2**25
 # To share the gap out: layers that are looked at one by one, and those that the finding tells of.
-MOST_SUSPECTS, MOST_TOLD = 8, 3
+MOST_SUSPECTS, MOST_NAMED = 8, 3
 LEADS = 0.5  # of the gap, mended by one layer alone
 FAIR = 0.5  # of the gap; batches that show less are not typical, and all are taken
 LIKE_BEST = 0.8  # of the largest share; less is another
@@ -62,16 +66,16 @@ class _Study:
     facts: Facts
     norms: list[NormFacts]  # in the order of the forward
     halves: tuple[_Half, _Half]
-    held: dict[NormFacts, Statistics]
+    running: dict[NormFacts, Statistics]
 
-    def judged(self, mended: Collection[NormFacts]) -> Outcome:
-        """The data with exact statistics in ``mended``, held ones in the others."""
-        whole = Outcome()
+    def judged(self, mended: Collection[NormFacts]) -> Evaluation:
+        """The data with exact statistics in ``mended``, running ones in the others."""
+        whole = Evaluation()
         try:
             for half in self.halves:
                 for norm in self.norms:
-                    _put(norm, half.exact[norm] if norm in mended else self.held[norm])
-                part = self.facts.outcome(half.parts)
+                    _put(norm, half.exact[norm] if norm in mended else self.running[norm])
+                part = self.facts.evaluate(half.parts)
                 whole.losses += part.losses
                 whole.weights += part.weights
                 whole.right += part.right
@@ -79,31 +83,31 @@ class _Study:
                 whole.answers += part.answers
         finally:
             for norm in self.norms:
-                _put(norm, self.held[norm])
+                _put(norm, self.running[norm])
         return whole
 
     def swapped(self) -> _Study:
         """The same with each half judged with the statistics of its own."""
         one, other = self.halves
         halves = (_Half(one.parts, other.exact), _Half(other.parts, one.exact))
-        return _Study(self.facts, self.norms, halves, self.held)
+        return _Study(self.facts, self.norms, halves, self.running)
 
-    def typical(self, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Study:
+    def typical(self, running: Evaluation, exact: Evaluation, *, by_loss: bool) -> _Study:
         """The same with one batch of each half: the one whose gap is nearest to the mean gap.
 
         Not the largest: that of a batch with few hard examples, which any change makes easier.
         """
-        gaps, halves, begun = _gaps(held, exact, by_loss=by_loss), [], 0
+        gaps, halves, begun = _gaps(running, exact, by_loss=by_loss), [], 0
         mean = sum(gaps) / len(gaps)
         away = [0.0 if math.isinf(gap) else abs(gap - mean) for gap in gaps]
         for half in self.halves:
             here = away[begun : begun + len(half.parts)]
             begun += len(half.parts)
             halves.append(_Half([half.parts[here.index(min(here))]], half.exact))
-        return _Study(self.facts, self.norms, (halves[0], halves[1]), self.held)
+        return _Study(self.facts, self.norms, (halves[0], halves[1]), self.running)
 
     def variance_ratio(self, norm: NormFacts) -> float:
-        """The median channel's exact variance over the one that is held; eps added to both."""
+        """The median channel's exact variance over the running one; eps added to both."""
         return float(self._ratios(norm).median())
 
     def worst_ratio(self, norm: NormFacts) -> tuple[int, float]:
@@ -113,19 +117,19 @@ class _Study:
         return channel, float(ratios[channel])
 
     def _ratios(self, norm: NormFacts) -> Tensor:
-        held = (self.held[norm][1].double() + norm.eps).clamp(min=1e-30)
-        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).clamp(min=1e-30) / held
+        running = (self.running[norm][1].double() + norm.eps).clamp(min=1e-30)
+        return (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).clamp(min=1e-30) / running
 
     def shift(self, norm: NormFacts) -> float:
         """The worst channel's distance of means, in exact standard deviations."""
         std = (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).sqrt()
         mean = torch.stack(self._of(norm, 0)).mean(0)
-        return float(((mean - self.held[norm][0].double()).abs() / std).max())
+        return float(((mean - self.running[norm][0].double()).abs() / std).max())
 
     def suspicion(self, norm: NormFacts) -> float:
         """How far its statistics are off, over all channels: shifts and logarithms of ratios."""
         mean, var = (torch.stack(self._of(norm, i)).mean(0) for i in (0, 1))
-        shift = (mean - self.held[norm][0].double()) / (var + norm.eps).sqrt()
+        shift = (mean - self.running[norm][0].double()) / (var + norm.eps).sqrt()
         return float((shift.square() + self._ratios(norm).log().square()).mean())
 
     def _of(self, norm: NormFacts, which: int) -> list[Tensor]:
@@ -159,12 +163,12 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     cut = _cut(facts)
     norms, few = _fed(facts, norms, cut)
     study = _study(facts, norms, cut)
-    held = study.judged(()) if len(facts.batches) < 2 else _in_order_of(study, facts.held)
+    running = study.judged(()) if len(facts.batches) < 2 else _in_order_of(study, facts.evaluated)
     exact = study.judged(norms)
-    harm = _harm(study, held, exact)
+    harm = _harm(study, running, exact)
     if harm is None:
         return
-    shares = _shared(study, held, exact, by_loss=harm.by_loss)
+    shares = _shared(study, running, exact, by_loss=harm.by_loss)
     lead, share, alone = shares.lead()
     severity = harm.severity
     ratio = study.variance_ratio(lead)
@@ -174,14 +178,48 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     sits = f"{min(max(share, 0), 1):.0%} of the gap sits in {where}"
     if not alone:
         sits = f"no layer carries the gap alone; the most of it, {share:.0%}, sits in {where}"
-    evidence = harm.evidence | _told_shares(study, shares)
+    evidence = harm.evidence | _evidence_of(study, shares)
     evidence["exact over running variance"] = ratio
     evidence["shift of the mean in standard deviations"] = study.shift(lead)
     evidence["measured on"] = shares.measured
     if few:
         evidence["layers left out for too few values"] = few
-    cause = f"{sits}, whose {_told(study, lead)}"
+    cause = f"{sits}, whose {_fault_of(study, lead)}"
     yield Found(lead.name, severity, cause, evidence, lambda: _recalibrate(facts))
+
+
+def evaluated_on_others(book: Book, facts: Facts) -> Iterator[Found]:
+    """What a model was evaluated on is not what its statistics were made of.
+
+    Only the first norm of a forward is judged: what the others get depends on it.
+    """
+    found = []
+    for layer in book.called:
+        rested = [r for r in layer.records if r.tracked is not None and r.mean is not None]
+        last = [r for r in rested if r.step == rested[-1].step]
+        if not last or last[0].tracked is None:
+            continue
+        mean, var = last[0].tracked.double().cpu()
+        inputs = pooled_moments(last, one=False)
+        differ, shift, ratio = calls_differ([inputs, Moments(mean[None], var[None], inputs.count)])
+        if differ:
+            cause = "the data it was evaluated on have other moments than those it was trained on"
+            evidence = {"shift in standard deviations": shift, "variances": ratio}
+            found.append(Found(layer.name, "warning", cause, evidence))
+    if not found:
+        raise NotApplicable("needs data")  # a part of the answer is no pass
+    yield from found
+
+
+TN103 = Check(
+    "TN103",
+    "Running statistics do not fit the data",
+    look=train_eval_gap,
+    watched=evaluated_on_others,
+    looks_at="data",
+    evaluates=True,
+    advice="Run truenorm.recalibrate(model, data).",
+)
 
 
 # -- what can be looked at ------------------------------------------------------------------------
@@ -194,10 +232,10 @@ def _norms(facts: Facts) -> list[NormFacts]:
         raise NotApplicable("no batch norm with running statistics was called")
     if facts.untrained:
         raise NotApplicable("the model has not been trained: its statistics are the initial ones")
-    held = [statistic for n in norms for statistic in (n.tracked or ())[:2]]
-    if not all(bool(torch.isfinite(statistic).all()) for statistic in held):
+    tracked = [statistic for n in norms for statistic in (n.tracked or ())[:2]]
+    if not all(bool(torch.isfinite(statistic).all()) for statistic in tracked):
         raise NotApplicable("statistics that are not finite hide the gap; see TN102")
-    if not facts.held.losses and all(answers is None for answers in facts.held.answers):
+    if not facts.evaluated.losses and all(answers is None for answers in facts.evaluated.answers):
         raise NotApplicable("the model's output holds no loss, and no tensor with answers")
     free = set(settling.chosen(facts.model))
     norms = [norm for norm in norms if norm.module in free]
@@ -225,7 +263,7 @@ def _cut(facts: Facts) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
         raise NotApplicable("one example; exact statistics need others to be judged on")
     parts = [part_of(batch, slice(i, None, 2), examples) for i in (0, 1)]
     try:
-        facts.outcome(list(enumerate(parts)))
+        facts.evaluate(list(enumerate(parts)))
     except Exception as error:  # a model may need the batch whole
         why = f"a single batch, and half of it cannot be given to the model: {error}"
         raise NotApplicable(why) from None
@@ -264,7 +302,7 @@ def _fed(
 def _study(
     facts: Facts, norms: list[NormFacts], cut: tuple[list[tuple[int, Any]], list[tuple[int, Any]]]
 ) -> _Study:
-    held = {norm: _statistics(norm) for norm in norms}
+    running = {norm: _statistics(norm) for norm in norms}
     fits = []
     for half in cut:
         try:
@@ -272,8 +310,8 @@ def _study(
             fits.append({norm: _statistics(norm) for norm in norms})
         finally:
             for norm in norms:
-                _put(norm, held[norm])
-    return _Study(facts, norms, (_Half(cut[0], fits[1]), _Half(cut[1], fits[0])), held)
+                _put(norm, running[norm])
+    return _Study(facts, norms, (_Half(cut[0], fits[1]), _Half(cut[1], fits[0])), running)
 
 
 def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
@@ -288,12 +326,12 @@ def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
     # Objects that calling does not look into.
     every = [SimpleNamespace(args=c.args, kwargs=c.kwargs) for c in calls]
     if joined is not None:
-        held = [_statistics(norm) for norm in norms]
+        running = [_statistics(norm) for norm in norms]
         one = SimpleNamespace(args=joined.args, kwargs=joined.kwargs)
         try:
             settling.settle(call, layers, [one])
         except Exception:  # of a model that takes batches of one size, or is out of memory
-            for norm, statistics in zip(norms, held, strict=True):
+            for norm, statistics in zip(norms, running, strict=True):
                 _put(norm, statistics)
         else:
             return
@@ -368,34 +406,34 @@ class _Harm(NamedTuple):
     evidence: dict[str, Any]
 
 
-def _in_order_of(study: _Study, outcome: Outcome) -> Outcome:
-    """The outcome of batches 0, 1, ... in the order of the halves."""
+def _in_order_of(study: _Study, evaluation: Evaluation) -> Evaluation:
+    """The evaluation of batches 0, 1, ... in the order of the halves."""
     order = [number for half in study.halves for number, _ in half.parts]
-    told = Outcome(right=outcome.right, judged=outcome.judged)
-    told.answers = [outcome.answers[number] for number in order]
-    told.losses, told.weights = outcome.losses, outcome.weights
-    if len(outcome.losses) == len(order):
-        told.losses = [outcome.losses[number] for number in order]
-        told.weights = [outcome.weights[number] for number in order]
-    return told
+    reordered = Evaluation(right=evaluation.right, judged=evaluation.judged)
+    reordered.answers = [evaluation.answers[number] for number in order]
+    reordered.losses, reordered.weights = evaluation.losses, evaluation.weights
+    if len(evaluation.losses) == len(order):
+        reordered.losses = [evaluation.losses[number] for number in order]
+        reordered.weights = [evaluation.weights[number] for number in order]
+    return reordered
 
 
-def _gaps(held: Outcome, exact: Outcome, *, by_loss: bool) -> list[float]:
+def _gaps(running: Evaluation, exact: Evaluation, *, by_loss: bool) -> list[float]:
     """What each batch contributes to the harm; the same for all where that is not known."""
-    batches = len(held.answers)
+    batches = len(running.answers)
     gaps: list[float] = []
-    if by_loss and len(held.losses) == len(exact.losses) == batches:
-        gaps = [a - b for a, b in zip(held.losses, exact.losses, strict=True)]
+    if by_loss and len(running.losses) == len(exact.losses) == batches:
+        gaps = [a - b for a, b in zip(running.losses, exact.losses, strict=True)]
     elif not by_loss:
-        pairs = zip(held.answers, exact.answers, strict=True)
+        pairs = zip(running.answers, exact.answers, strict=True)
         gaps = [_distance([a], [b]) or 0.0 for a, b in pairs]
     gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
     return gaps or [0.0] * batches
 
 
-def _harm(study: _Study, held: Outcome, exact: Outcome) -> _Harm | None:
+def _harm(study: _Study, running: Evaluation, exact: Evaluation) -> _Harm | None:
     """What the running statistics do worse than exact ones; None if nothing."""
-    now, best = held.loss, exact.loss
+    now, best = running.loss, exact.loss
     known = now is not None and best is not None
     if best is not None and not math.isfinite(best):
         raise NotApplicable(f"the loss is {best} with exact statistics, too")
@@ -403,16 +441,16 @@ def _harm(study: _Study, held: Outcome, exact: Outcome) -> _Harm | None:
     if known:
         evidence |= {"loss with running statistics": now, "loss with exact statistics": best}
     drop = 0.0
-    if held.accuracy is not None and exact.accuracy is not None:
-        drop = exact.accuracy - held.accuracy
-        evidence["accuracy with running statistics"] = held.accuracy
+    if running.accuracy is not None and exact.accuracy is not None:
+        drop = exact.accuracy - running.accuracy
+        evidence["accuracy with running statistics"] = running.accuracy
         evidence["accuracy with exact statistics"] = exact.accuracy
     if now is not None and best is not None:
         gap = now - best
         if not gap <= GAP_SHARE * abs(best) + GAP_LEAST:  # so that NaN is one
             severe = not gap <= GAP_SEVERE or drop > ACCURACY_SEVERE
             return _Harm(True, "error" if severe else "warning", evidence)
-    distance = _distance(held.answers, exact.answers)
+    distance = _distance(running.answers, exact.answers)
     if distance is None:
         if known:
             return None
@@ -447,17 +485,17 @@ def _distance(answers: Sequence[Tensor | None], exact: Sequence[Tensor | None]) 
 # -- whose it is ----------------------------------------------------------------------------------
 
 
-def _shared(study: _Study, held: Outcome, exact: Outcome, *, by_loss: bool) -> _Shares:
+def _shared(study: _Study, running: Evaluation, exact: Evaluation, *, by_loss: bool) -> _Shares:
     """Share the gap out to the layers whose statistics are off most."""
-    trial = _Trial.of(study.typical(held, exact, by_loss=by_loss), by_loss=by_loss)
+    trial = _Trial.of(study.typical(running, exact, by_loss=by_loss), by_loss=by_loss)
     most, judged, total = MOST_SUSPECTS, 2, sum(len(half.parts) for half in study.halves)
-    if trial.gap < FAIR * _Trial(study, held, exact, by_loss).gap:
-        trial, most, judged = _Trial(study, held, exact, by_loss), MOST_TOLD, total
+    if trial.gap < FAIR * _Trial(study, running, exact, by_loss).gap:
+        trial, most, judged = _Trial(study, running, exact, by_loss), MOST_NAMED, total
     suspects = sorted(study.norms, key=study.suspicion, reverse=True)[:most]
     alone = {n: trial.part(trial.now, trial.harm({n})) for n in suspects}
     ranked = sorted(suspects, key=lambda norm: alone[norm], reverse=True)
-    if alone[ranked[0]] >= LEADS:  # then of three layers is enough told
-        ranked = ranked[:MOST_TOLD]
+    if alone[ranked[0]] >= LEADS:  # then three layers are enough
+        ranked = ranked[:MOST_NAMED]
     cumulative, mended, before = {}, set[NormFacts](), trial.now
     for norm in (n for n in study.norms if n in ranked):
         mended.add(norm)
@@ -475,11 +513,11 @@ def _shared(study: _Study, held: Outcome, exact: Outcome, *, by_loss: bool) -> _
 
 @dataclass
 class _Trial:
-    """The harm done by some statistics, between that of held and that of exact ones."""
+    """The harm done by some statistics, between that of running and that of exact ones."""
 
     study: _Study
-    held: Outcome
-    exact: Outcome
+    running: Evaluation
+    exact: Evaluation
     by_loss: bool
 
     @classmethod
@@ -489,14 +527,14 @@ class _Trial:
     def harm(self, mended: Collection[NormFacts]) -> float:
         return self._of(self.study.judged(mended))
 
-    def _of(self, outcome: Outcome) -> float:
-        distance = None if self.by_loss else _distance(outcome.answers, self.exact.answers)
-        harm = outcome.loss if self.by_loss else distance
+    def _of(self, evaluation: Evaluation) -> float:
+        distance = None if self.by_loss else _distance(evaluation.answers, self.exact.answers)
+        harm = evaluation.loss if self.by_loss else distance
         return math.inf if harm is None or not math.isfinite(harm) else harm
 
     @property
     def now(self) -> float:
-        return self._of(self.held)
+        return self._of(self.running)
 
     @property
     def least(self) -> float:
@@ -515,22 +553,22 @@ class _Trial:
         return (before - after) / self.gap if self.gap > 0 and math.isfinite(self.gap) else 0.0
 
 
-def _told_shares(study: _Study, shares: _Shares) -> dict[str, Any]:
+def _evidence_of(study: _Study, shares: _Shares) -> dict[str, Any]:
     """The three largest shares, alone, and cumulative in the order of the forward."""
-    told: dict[str, Any] = {}
-    told_of = sorted(shares.cumulative, key=lambda n: -max(shares.alone[n], shares.cumulative[n]))
-    for norm in told_of[:MOST_TOLD]:
-        told[f"share of {norm.name or '(model)'} alone"] = shares.alone[norm]
-        told[f"share of {norm.name or '(model)'} in turn"] = shares.cumulative[norm]
-    return told
+    evidence: dict[str, Any] = {}
+    largest = sorted(shares.cumulative, key=lambda n: -max(shares.alone[n], shares.cumulative[n]))
+    for norm in largest[:MOST_NAMED]:
+        evidence[f"share of {norm.name or '(model)'} alone"] = shares.alone[norm]
+        evidence[f"share of {norm.name or '(model)'} in turn"] = shares.cumulative[norm]
+    return evidence
 
 
-def _told(study: _Study, norm: NormFacts) -> str:
+def _fault_of(study: _Study, norm: NormFacts) -> str:
     ratio, shift = study.variance_ratio(norm), study.shift(norm)
-    if max(ratio, 1 / ratio) > TOLD_RATIO:
+    if max(ratio, 1 / ratio) > NAMED_RATIO:
         return f"running variance is {_times(ratio)}"
     channel, ratio = study.worst_ratio(norm)
-    if shift < TOLD_SHIFT and max(ratio, 1 / ratio) > TOLD_RATIO:
+    if shift < NAMED_SHIFT and max(ratio, 1 / ratio) > NAMED_RATIO:
         return f"running variance is {_times(ratio)} in channel {channel}"
     return f"running mean is off by {shift:.1f} standard deviations"
 

@@ -12,9 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from truenorm.calling.flow import SHAPING, Flow
-from truenorm.doctor.check import Found, NotApplicable, Severity, batch_norms, flow_of, tracking
+from truenorm.doctor.check import (
+    Check,
+    Found,
+    NotApplicable,
+    Severity,
+    batch_norms,
+    flow_of,
+    tracking,
+)
 from truenorm.doctor.checks.modes import shapes
 from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.doctor.ledger.book import Book
 from truenorm.layers.conversion import convert
 
 
@@ -46,15 +55,23 @@ def never_updated(facts: Facts) -> Iterator[Found]:
             yield Found(norm.name, "warning", cause, evidence | {"momentum": 0.0})
 
 
+TN101 = Check(
+    "TN101",
+    "Statistics never updated",
+    look=never_updated,
+    advice="Train in train mode, or run truenorm.recalibrate(model, data).",
+)
+
+
 def not_finite(facts: Facts) -> Iterator[Found]:
     """NaN or infinite statistics, gamma or beta."""
     for norm in batch_norms(facts):
-        held: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         if norm.tracked is not None:
-            held = {"running_mean": norm.tracked[0], "running_var": norm.tracked[1]}
+            tensors = {"running_mean": norm.tracked[0], "running_var": norm.tracked[1]}
         named = zip(("weight", "bias"), norm.learned, strict=True)
-        held |= {name: tensor for name, tensor in named if tensor is not None}
-        bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in held.items()}
+        tensors |= {name: tensor for name, tensor in named if tensor is not None}
+        bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in tensors.items()}
         bad = {name: number for name, number in bad.items() if number}
         negative = norm.tracked is not None and bool((norm.tracked[1] < 0).any())
         if bad:
@@ -65,6 +82,28 @@ def not_finite(facts: Facts) -> Iterator[Found]:
         elif negative:
             least = float(norm.tracked[1].min())  # type: ignore[index]
             yield Found(norm.name, "error", "a variance is negative", {"least running_var": least})
+
+
+def ceased_to_be_finite(book: Book, facts: Facts) -> Iterator[Found]:
+    """The step at which statistics ceased to be finite."""
+    bad = [layer for layer in book.called if layer.bad is not None]
+    for layer in bad:
+        low, step = layer.bad or (0, 0)
+        exact = step - low <= 1 or layer.module.running_var.is_cpu
+        evidence: dict[str, object] = {"first at step": step} if exact else {
+            "not before step": low, "not after step": step,
+        }  # fmt: skip
+        evidence["layers"] = len(bad)
+        yield Found(layer.name, "error", "a batch that was not finite was written", evidence)
+
+
+TN102 = Check(
+    "TN102",
+    "Statistics that are not finite",
+    look=not_finite,
+    watched=ceased_to_be_finite,
+    advice="Load an older checkpoint, or recalibrate; truenorm.BatchNorm leaves such batches out.",
+)
 
 
 # After n batches the initial values weigh (1 - momentum)^n of the average. At a half, the average
@@ -110,6 +149,15 @@ def window(facts: Facts) -> Iterator[Found]:
                 yield Found(norm.name, severity, cause, evidence)
 
 
+TN104 = Check(
+    "TN104",
+    "Averaging window does not fit",
+    look=window,
+    advice="Set momentum as the weight of the NEW value (Keras's 0.99 is 0.01 here), or "
+    "recalibrate.",
+)
+
+
 def half_precision(facts: Facts) -> Iterator[Found]:
     """Running statistics kept in half precision."""
     for norm in tracking(facts):
@@ -130,6 +178,14 @@ def half_precision(facts: Facts) -> Iterator[Found]:
             {"dtype": str(mean.dtype), "momentum": momentum},
             mend,
         )
+
+
+TN105 = Check(
+    "TN105",
+    "Statistics in half precision",
+    look=half_precision,
+    advice="Keep them in float32: truenorm.convert(model, to='truenorm') does it.",
+)
 
 
 def _digits(dtype: torch.dtype) -> str:
@@ -174,6 +230,14 @@ def collapsed(facts: Facts) -> Iterator[Found]:
         if raw and not gone:
             cause += ", in the data themselves" if facts.flow is not None else "; TN106 tells more"
         yield Found(norm.name, "warning" if severe else "note", cause, evidence)
+
+
+TN106 = Check(
+    "TN106",
+    "Collapsed or exploded channels",
+    look=collapsed,
+    advice="Look at the layer before: dead units, too high a rate, weight decay on gamma.",
+)
 
 
 def _gammas_gone(facts: Facts, norm: NormFacts) -> int:
@@ -235,21 +299,29 @@ def copies_differ(facts: Facts) -> Iterator[Found]:
     pairs = [(a, b) for same in groups.values() for i, a in enumerate(same) for b in same[i + 1 :]]
     if not pairs:
         raise NotApplicable("the model holds no two copies of one network")
-    told: set[str] = set()
+    found: set[str] = set()
     for (one, a), (other, b) in pairs:
-        if any(f"{name}.".startswith(f"{bad}.") for bad in told for name in (one, other)):
+        if any(f"{name}.".startswith(f"{bad}.") for bad in found for name in (one, other)):
             continue
         if a is b or _tied(a, b) or _parameter_distance(a, b) > TWIN_PARAMETERS:
             continue
         worst, layer = _statistics_distance(a, b)
         if worst > TWIN_STATISTICS:
-            told.add(other)
+            found.add(other)
             # Members of a list may be layers that follow each other, made as copies.
             stacked = one.rpartition(".")[2].isdigit() and other.rpartition(".")[2].isdigit()
             cause = f"{other} follows {one} in its parameters, not in its buffers"
             evidence = {"largest difference in standard deviations": worst, "copy": one}
             severity: Severity = "note" if stacked else "error"
             yield Found(f"{other}.{layer}" if layer else other, severity, cause, evidence)
+
+
+TN107 = Check(
+    "TN107",
+    "Copies with different statistics",
+    look=copies_differ,
+    advice="Copy buffers as well as parameters.",
+)
 
 
 def _tied(a: nn.Module, b: nn.Module) -> bool:

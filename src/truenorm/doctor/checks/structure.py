@@ -15,6 +15,7 @@ from truenorm.calling.flow import SHAPING, Flow, Node
 from truenorm.calling.nested import tensors_in
 from truenorm.doctor.check import (
     WEIGHTED,
+    Check,
     Found,
     NotApplicable,
     Severity,
@@ -45,6 +46,15 @@ def dead_bias(facts: Facts) -> Iterator[Found]:
             yield Found(norm.name, "note", cause, evidence)
 
 
+TN401 = Check(
+    "TN401",
+    "Bias before batch norm",
+    look=dead_bias,
+    looks_at="data",
+    advice="bias=False in the layer before; harmless but for memory and Adam's noise.",
+)
+
+
 # Gamma shrinks by lr * weight_decay a step. Above 1e-4 it would halve in 7,000 steps, within a
 # usual training; the usual 5e-4 at 0.1, and AdamW's 0.01 at 1e-3, stay below it.
 DECAY_PER_STEP = 1e-4
@@ -61,21 +71,31 @@ def decayed(facts: Facts) -> Iterator[Found]:
     }
     for group in facts.optimizer.param_groups:
         decay, rate = float(group.get("weight_decay", 0)), float(group.get("lr", 0))
-        held = [names[id(p)] for p in group["params"] if id(p) in names]
-        if decay and held:
+        parameters = [names[id(p)] for p in group["params"] if id(p) in names]
+        if decay and parameters:
             cause = "weight decay pulls gamma toward 0, where it wants to be free"
             evidence = {
                 "weight_decay": decay,
                 "decay of gamma a step": rate * decay,
-                "parameters": len(held),
+                "parameters": len(parameters),
             }
             severity: Severity = "warning" if rate * decay > DECAY_PER_STEP else "note"
-            yield Found(held[0][0].name, severity, cause, evidence)
+            yield Found(parameters[0][0].name, severity, cause, evidence)
+
+
+TN402 = Check(
+    "TN402",
+    "Weight decay on gamma and beta",
+    look=decayed,
+    looks_at="optimizer",
+    advice="Put norms' parameters in a group with weight_decay=0.",
+)
 
 
 # Dropout of p scales second moments up by 1 / (1 - p): a quarter more variance, sqrt of which is
 # what outputs are scaled by, is what p = 0.2 gives at most.
 DROPOUT_RATIO = 1.25
+MOST_DROPPED = 4  # batches, for each of the two variances
 
 
 def dropout_before(facts: Facts) -> Iterator[Found]:
@@ -107,6 +127,15 @@ def dropout_before(facts: Facts) -> Iterator[Found]:
         # Before training nothing upstream is normalized, and masks decide by chance.
         severe = ratio > DROPOUT_RATIO and not facts.untrained
         yield Found(norm.name, "warning" if severe else "note", cause, evidence)
+
+
+TN403 = Check(
+    "TN403",
+    "Dropout before batch norm",
+    look=dropout_before,
+    looks_at="data",
+    advice="Move the dropout behind the last batch norm.",
+)
 
 
 def _rate(node: Node, modules: dict[str, nn.Module]) -> float:
@@ -143,15 +172,12 @@ def _variances(
             handle.remove()
     ratios = {}
     for norm, seen in sums.items():
-        held, dropped = (
+        kept, dropped = (
             torch.stack(h).mean(0) for h in (seen[: len(seen) // 2], seen[len(seen) // 2 :])
         )
-        alive = held > 1e-12
-        ratios[norm] = float((dropped[alive] / held[alive]).median()) if alive.any() else 1.0
+        alive = kept > 1e-12
+        ratios[norm] = float((dropped[alive] / kept[alive]).median()) if alive.any() else 1.0
     return ratios
-
-
-MOST_DROPPED = 4  # batches, for each of the two variances
 
 
 _FEATURES_LAST = {"linear", "layer_norm", "embedding", "rms_norm", "bilinear", "lstm", "gru",
@@ -176,6 +202,15 @@ def wrong_axis(facts: Facts) -> Iterator[Found]:
         cause = "its input keeps features in the last axis: channels and positions are swapped"
         evidence = {"input": str(node.shape), "made by": f"{node.module or 'model'}: {node.op}"}
         yield Found(norm.name, severity, cause, evidence)
+
+
+TN404 = Check(
+    "TN404",
+    "Channels in the wrong axis",
+    look=wrong_axis,
+    looks_at="data",
+    advice="Transpose to (N, C, L) before the norm and back after it.",
+)
 
 
 _SWAPPING = {"transpose", "permute", "swapaxes", "swapdims", "moveaxis", "movedim", "mT", "mH",
@@ -226,6 +261,15 @@ def erased(facts: Facts) -> Iterator[Found]:
                 yield Found(norm.name, "error", cause, {"values per statistic": 1})
 
 
+TN405 = Check(
+    "TN405",
+    "Normalization erases its input",
+    look=erased,
+    looks_at="data",
+    advice="Fewer groups, or another norm for inputs without positions.",
+)
+
+
 def misplaced(facts: Facts) -> Iterator[Found]:
     """Norm after norm, or as the last layer."""
     flow = flow_of(facts)
@@ -250,6 +294,15 @@ def misplaced(facts: Facts) -> Iterator[Found]:
                 severe = _scores(facts, shape)
                 severity: Severity = "warning" if severe else "note"
                 yield Found(norm.name, severity, cause, {"output": str(shape)})
+
+
+TN406 = Check(
+    "TN406",
+    "Norm after norm, or last",
+    look=misplaced,
+    looks_at="data",
+    advice="Remove one of the two; end with a linear layer.",
+)
 
 
 # Scores have a column for each class, and of 32 labels the largest is among the top tenth of the

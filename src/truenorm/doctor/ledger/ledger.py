@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from truenorm.calling.nested import examples_of, tensors_in
-from truenorm.doctor.check import Found
 from truenorm.doctor.diagnosis import Diagnosis, examined
-from truenorm.doctor.facts import Facts
-from truenorm.doctor.ledger import judging as verdicts
 from truenorm.doctor.ledger.book import (
     Book,
     Fate,
@@ -624,24 +620,7 @@ class Ledger:
     def diagnosis(self) -> Diagnosis:
         """Judge what was seen, with all that can be said of the model as it stands."""
         self._settle()
-        judged: dict[str, Callable[[Facts], Iterator[Found]]] = {
-            code: functools.partial(_judged, look, self._book)
-            for code, look in verdicts.VERDICTS.items()
-        }
-        return examined(self._book.model, self._optimizer, judged)
-
-
-def _judged(
-    look: Callable[[Book, Facts], Iterator[Found]], book: Book, facts: Facts
-) -> Iterator[Found]:
-    """The findings, which nobody may take for a pass if not all layers were seen."""
-    unseen = book.unseen()
-    if not book.called:
-        verdicts.none_called(unseen)
-    found = list(look(book, facts))
-    if unseen and not found:
-        verdicts.not_all_seen(unseen)
-    return iter(found)
+        return examined(self._book, self._optimizer)
 
 
 _HEADS = ("layer", "train", "eval", "writes", "without gradients", "not stepped with",
