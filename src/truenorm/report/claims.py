@@ -18,7 +18,7 @@ from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
 from truenorm.studies.claims.catalogue import CLAIMS
 from truenorm.studies.claims.claim import Finding, Findings, Judged, Plot
-from truenorm.studies.runner import Observer, Progress
+from truenorm.studies.runner import StudyObserver, StudyProgress
 
 
 def listed(*, as_json: bool) -> None:
@@ -31,11 +31,11 @@ def listed(*, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
     """A bar with time left over each claim's runs; elsewhere than in a terminal only failures."""
     with following_runs(store, quiet=quiet, as_json=as_json) as observe:
 
-        def failures(told: Progress) -> None:
+        def failures(told: StudyProgress) -> None:
             assert observe is not None
             row = told.row if told.row is not None and told.row.error else None
             observe(told._replace(row=row))

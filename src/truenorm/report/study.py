@@ -20,14 +20,14 @@ from truenorm.files import to_json
 from truenorm.report import pages
 from truenorm.report import study_plots as plots
 from truenorm.report.pages import page
-from truenorm.studies.runner import Observer, Progress
+from truenorm.studies.runner import StudyObserver, StudyProgress
 from truenorm.studies.study import Study, Summary
 from truenorm.studies.trial import Row
 from truenorm.studies.verdicts import with_unit
 
 
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
     """Show a study while the body runs it: yields what to tell of progress.
 
     In a terminal a bar over all runs with time left; elsewhere, and where CI is set, a line a run.
@@ -49,7 +49,7 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer |
     task = bar.add_task("", total=None, runs="")
     done = [0, 0]
 
-    def observe(told: Progress) -> None:
+    def observe(told: StudyProgress) -> None:
         done[:] = told.runs, told.total_runs
         runs = f"{told.runs}/{told.total_runs}"
         if told.note:

@@ -12,8 +12,7 @@ from truenorm.models import ModelSpec
 from truenorm.studies.paired import Comparison, Decision, compare_scores, verdict
 from truenorm.studies.plan import TUNING_SEEDS_FROM
 from truenorm.studies.runner import Runner
-from truenorm.studies.trial import Part as TrialPart
-from truenorm.studies.trial import Row, Trial
+from truenorm.studies.trial import Purpose, Row, Trial
 from truenorm.studies.tuning import best_rates
 from truenorm.training.config import TrainConfig
 
@@ -47,7 +46,7 @@ class Arm:
     config: TrainConfig
     probe: str = ""
 
-    def trial(self, seed: int, lr: float, size: Size, part: TrialPart = "judged") -> Trial:
+    def trial(self, seed: int, lr: float, size: Size, part: Purpose = "judged") -> Trial:
         """The run with ``seed`` and ``lr``; rates are tuned by plain training, not by probe."""
         config = dataclasses.replace(self.config, seed=seed, lr=lr)
         probe = self.probe if part == "judged" else ""

@@ -22,7 +22,7 @@ from truenorm.studies.claims.claim import (
     judge,
 )
 from truenorm.studies.plan import TUNING_SEEDS_FROM
-from truenorm.studies.runner import Observer, runner_of
+from truenorm.studies.runner import StudyObserver, runner_of
 
 
 def claims(
@@ -35,7 +35,7 @@ def claims(
     processes: int | None = None,
     store: Path | str | None = None,
     retry: bool = False,
-    observe: Observer | None = None,
+    observe: StudyObserver | None = None,
     found: Callable[[Finding], None] | None = None,
     sizes: Mapping[str, Size] | None = None,
 ) -> Findings:
