@@ -35,10 +35,10 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObser
     """A bar with time left over each claim's runs; elsewhere than in a terminal only failures."""
     with following_runs(store, quiet=quiet, as_json=as_json) as observe:
 
-        def failures(told: StudyProgress) -> None:
+        def failures(progress: StudyProgress) -> None:
             assert observe is not None
-            row = told.row if told.row is not None and told.row.error else None
-            observe(told._replace(row=row))
+            row = progress.row if progress.row is not None and progress.row.error else None
+            observe(progress._replace(row=row))
 
         yield None if observe is None else failures
 

@@ -49,15 +49,15 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObser
     task = bar.add_task("", total=None, runs="")
     done = [0, 0]
 
-    def observe(told: StudyProgress) -> None:
-        done[:] = told.runs, told.total_runs
-        runs = f"{told.runs}/{told.total_runs}"
-        if told.note:
-            console.print(told.note, markup=False)
+    def observe(progress: StudyProgress) -> None:
+        done[:] = progress.runs, progress.total_runs
+        runs = f"{progress.runs}/{progress.total_runs}"
+        if progress.note:
+            console.print(progress.note, markup=False)
             return
-        if told.row is not None and (not lively or told.row.error):
-            console.print(f"run {runs}  {_line(told.row)}", markup=False)
-        bar.update(task, completed=told.steps, total=told.total_steps, runs=runs)
+        if progress.row is not None and (not lively or progress.row.error):
+            console.print(f"run {runs}  {_line(progress.row)}", markup=False)
+        bar.update(task, completed=progress.steps, total=progress.total_steps, runs=runs)
 
     try:
         with bar:

@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from truenorm.errors import InputError
-from truenorm.studies.paired import BLOCK, Array, Decision, Pairs, checked, differences_of, mean_of
+from truenorm.studies.paired import BLOCK, Decision
+from truenorm.studies.scores import Array, Pairs, checked, differences_of, mean_of
 
 PATHS = 9_999  # sign flips followed over a sequential study
 HOPELESS = 0.1  # conditional power below which a pair is given up

@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plot:
-    """SeedScores by seed along an axis, a line for each series."""
+    """Scores by seed along an axis, a line for each series."""
 
     title: str
     axis: str
