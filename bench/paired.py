@@ -196,16 +196,16 @@ def main() -> None:
     """Fill the tables into the text, and write the page."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--studies", type=int, default=2000, help="per cell")
-    told = options.parse_args()
+    chosen = options.parse_args()
     text = TEXT.read_text("utf-8")
     for name, table in TABLES.items():
         start = time.perf_counter()
-        rows = list(table(told.studies))
+        rows = list(table(chosen.studies))
         text = text.replace(f"<!-- {name} -->", _markdown(rows))
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     about = provenance("make statistics")
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if k != "skorch")
-    made = f"`{about['command']}` on {about['date']}; {versions}; {told.studies:,} studies a cell"
+    made = f"`{about['command']}` on {about['date']}; {versions}; {chosen.studies:,} studies a cell"
     PAGE.write_text(text.replace("<!-- made -->", made), "utf-8")
 
 

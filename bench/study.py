@@ -17,7 +17,7 @@ from typing import Any
 import harness
 from harness import mean_and_sd, peer, spread
 
-Row = dict[str, Any]
+Measured = dict[str, Any]
 TARGETS = {"classic script": 1 / 8, "tuned torch": 0.6}
 # The whole script again and again, as people loop over seeds: torch is imported once.
 LOOP = """
@@ -35,21 +35,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, default=32)
     options.add_argument("--rounds", type=int, default=1)
-    told = options.parse_args()
+    chosen = options.parse_args()
     rounds = []
-    for number in range(told.rounds):
+    for number in range(chosen.rounds):
         script = [peer("classic_script", 3 * number)]
-        found = {"study": study(told.seeds)}
+        found = {"study": study(chosen.seeds)}
         script.append(peer("classic_script", 3 * number + 1))
-        found["torch"] = loop(told.seeds)
+        found["torch"] = loop(chosen.seeds)
         script.append(peer("classic_script", 3 * number + 2))
         rounds.append({**found, "classic": _together(script)})
-        print(f"round {number + 1}: {_seconds(rounds[-1], told.seeds)}", file=sys.stderr)
+        print(f"round {number + 1}: {_seconds(rounds[-1], chosen.seeds)}", file=sys.stderr)
     record = {"provenance": harness.provenance("make bench"), "rounds": rounds}
-    harness.save("study", _text(rounds, told.seeds), record)
+    harness.save("study", _text(rounds, chosen.seeds), record)
 
 
-def _together(runs: list[Row]) -> Row:
+def _together(runs: list[Measured]) -> Measured:
     """A few runs of a script, one process each, as one row; seconds are their mean."""
     return {
         "process_seconds": statistics.mean(run["process_seconds"] for run in runs),
@@ -59,7 +59,7 @@ def _together(runs: list[Row]) -> Row:
     }
 
 
-def study(seeds: int) -> Row:
+def study(seeds: int) -> Measured:
     """One study, from an empty store, as a whole process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -77,7 +77,7 @@ def study(seeds: int) -> Row:
     }
 
 
-def loop(seeds: int) -> Row:
+def loop(seeds: int) -> Measured:
     """Tuned torch for one seed after the other, as a whole process with torch's own threads."""
     done = harness.run([sys.executable, "-c", LOOP, str(harness.HERE / "peers"), str(seeds)])
     runs = [json.loads(line) for line in done.stdout.splitlines()]
@@ -89,7 +89,7 @@ def loop(seeds: int) -> Row:
     }
 
 
-def _seconds(found: dict[str, Row], seeds: int) -> dict[str, float]:
+def _seconds(found: dict[str, Measured], seeds: int) -> dict[str, float]:
     """Of each way, the seconds for so many runs."""
     return {
         "classic script": seeds * found["classic"]["process_seconds"],
@@ -98,7 +98,7 @@ def _seconds(found: dict[str, Row], seeds: int) -> dict[str, float]:
     }
 
 
-def _text(rounds: list[dict[str, Row]], seeds: int) -> str:
+def _text(rounds: list[dict[str, Measured]], seeds: int) -> str:
     times = [_seconds(found, seeds) for found in rounds]
     runs = {who: [r for found in rounds for r in _runs(found[who])] for who in rounds[0]}
     names = {"classic script": "classic", "tuned torch": "torch", "truenorm compare": "study"}
@@ -128,7 +128,7 @@ def _text(rounds: list[dict[str, Row]], seeds: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def _runs(found: Row) -> list[Row]:
+def _runs(found: Measured) -> list[Measured]:
     """A process's runs, one by one."""
     both = zip(found["epochs"], found["test_accuracy"], strict=True)
     return [{"epochs": e, "test_accuracy": a} for e, a in both]

@@ -12,7 +12,7 @@ from truenorm import InputError, ModelSpec, build
 from truenorm.cli import main
 from truenorm.report import claims as report
 from truenorm.studies.claims.catalogue import CLAIMS
-from truenorm.studies.claims.claim import Part, answer_of, judge
+from truenorm.studies.claims.claim import Part, answer_of, judge_parts
 from truenorm.studies.claims.testing import claims
 
 TINY = {
@@ -52,7 +52,7 @@ def part(difference, noise=0.1, n=8, **options):
     ],
 )
 def test_a_planted_difference_gives_its_answer(difference, options, answer):
-    assert judge([part(difference, **options)])[0].answer == answer
+    assert judge_parts([part(difference, **options)])[0].answer == answer
 
 
 def test_a_claim_is_supported_if_all_parts_are_and_refuted_if_any_is():
@@ -69,7 +69,7 @@ def test_parts_of_different_units_are_one_family_and_keep_their_units():
         small, scores_a=[v / 100 for v in small.scores_a],
         scores_b=[v / 100 for v in small.scores_b], margin=0.01,
     )  # fmt: skip
-    one, two = judge([small, scaled])
+    one, two = judge_parts([small, scaled])
     assert one.comparison.family == two.comparison.family == 2
     assert two.comparison.p_holm == one.comparison.p_holm == pytest.approx(2 * 2 / 2**8)
     assert two.comparison.difference == pytest.approx(one.comparison.difference / 100)

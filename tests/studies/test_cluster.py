@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from children import heed_ctrl_c
+from rows import timeless
 from samples import blobs
 from truenorm import compare
 
@@ -45,7 +46,7 @@ def address():
 
 def rows(**options):
     study = compare(blobs(150), **TUNED, **options)
-    return [row.timeless() for row in study.rows + study.tuning]
+    return timeless(study.rows + study.tuning)
 
 
 def parent(pid):

@@ -19,6 +19,7 @@ from torch import nn
 
 import truenorm
 from children import heed_ctrl_c
+from rows import timeless
 from samples import blobs
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
 from truenorm.cli import main
@@ -26,10 +27,10 @@ from truenorm.data.datasets import Uncut
 from truenorm.data.sources import uncut
 from truenorm.report import study as report
 from truenorm.studies.bench import Bench
-from truenorm.studies.plan import Variant
 from truenorm.studies.trial import Row, failed
 from truenorm.studies.tuning import tuning_loss
-from truenorm.studies.workers import Pool, map_data, write_data
+from truenorm.studies.variants import Variant
+from truenorm.studies.workers import WorkerPool, map_data, write_data
 
 TINY = {"epochs": 2, "widths": (8,)}
 
@@ -43,8 +44,8 @@ def small(data=None, **options):
     return compare(blobs(150) if data is None else data, **chosen)
 
 
-def timeless(study):
-    return [row.timeless() for row in study.rows + study.tuning]
+def all_rows(study):
+    return timeless(study.rows + study.tuning)
 
 
 def key_of(row):
@@ -130,9 +131,9 @@ def test_rows_depend_neither_on_the_number_of_processes_nor_on_the_order():
     assert len(here.rows) == 8
     assert len(here.tuning) == 8
     for processes in (1, 2):
-        assert timeless(small("digits", **options, processes=processes)) == timeless(here)
+        assert all_rows(small("digits", **options, processes=processes)) == all_rows(here)
     back = small("digits", **options, norms=("batch", "none"), batch_sizes=(32, 16), seeds=[1, 0])
-    assert sorted(timeless(back), key=key_of) == sorted(timeless(here), key=key_of)
+    assert sorted(all_rows(back), key=key_of) == sorted(all_rows(here), key=key_of)
 
 
 def test_workers_see_the_data_to_the_bit(tmp_path):
@@ -155,7 +156,7 @@ def test_more_seeds_or_variants_run_only_what_is_missing(tmp_path):
     assert len(ran) == len(first.rows) == 8
 
     seen.clear()
-    assert timeless(small(**options)) == timeless(first)
+    assert all_rows(small(**options)) == all_rows(first)
     assert seen == [None]
 
     seen.clear()
@@ -286,13 +287,13 @@ def test_killing_workers_at_random_loses_no_run():
     draw = np.random.default_rng(0)
     trials = [v.trial(seed, straight.lrs[v.label]) for v in straight.variants for seed in range(4)]
     rows = {}
-    with Pool(Uncut(dataset(*blobs(150))), 2) as pool:
+    with WorkerPool(Uncut(dataset(*blobs(150))), 2) as pool:
         for trial, row in pool.run(trials):
             rows[trial] = row
             if len(rows) in (2, 5, 9, 12):
                 pool.workers[draw.integers(len(pool.workers))].process.kill()
         left = list(pool.workers)
-    assert [rows[trial].timeless() for trial in trials] == [r.timeless() for r in straight.rows]
+    assert timeless(rows[trial] for trial in trials) == timeless(straight.rows)
     assert all(worker.process.poll() is not None for worker in left)
 
 
@@ -402,7 +403,7 @@ class StandIn:
 def test_the_ray_engine_gives_the_same_rows_though_actors_die(monkeypatch):
     ray = StandIn(deaths={2, 5})
     monkeypatch.setitem(sys.modules, "ray", ray)
-    assert timeless(small(engine="ray", processes=None)) == timeless(small())
+    assert all_rows(small(engine="ray", processes=None)) == all_rows(small())
     assert (ray.calls, ray.up) == (10, False)
 
 
@@ -475,7 +476,7 @@ def test_a_real_cluster_gives_the_same_rows_though_actors_are_killed_and_is_ende
     options = {"seeds": 4, "lr": "tune", "grid": (0.01, 0.1), "tuning_seeds": 1}
     study = small("digits", **options, engine="ray", processes=2, observe=kill)
     assert len(set(killed)) == 2
-    assert timeless(study) == timeless(small("digits", **options, processes=2))
+    assert all_rows(study) == all_rows(small("digits", **options, processes=2))
     assert not ray.is_initialized()
 
 
@@ -550,7 +551,7 @@ def test_ctrl_c_ends_a_study_with_130_and_keeps_what_was_done(tmp_path):
 
 def study_of(scores, **options):
     """A study with the given test accuracies by variant."""
-    from truenorm.studies.compare import _Question
+    from truenorm.studies.question import Question
 
     variants = [
         Variant(label, "batch size 16", ModelSpec(norm=label), TrainConfig(batch_size=16))
@@ -562,7 +563,7 @@ def study_of(scores, **options):
         for i, value in enumerate(values)
     ]
     settings = {"metric": "test_accuracy", "margin": None, "against": "first", **options}
-    question = _Question(tuple(variants), **settings)
+    question = Question(tuple(variants), **settings)
     return question.answer(
         rows, question.judge(rows), tuning=[], lrs=dict.fromkeys(scores, 0.1), goal=0.9,
         provenance={},

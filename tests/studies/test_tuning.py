@@ -9,11 +9,13 @@ import sys
 
 import pytest
 
+from rows import timeless
 from samples import blobs
 from truenorm import InputError, ModelSpec, TrainConfig, compare
-from truenorm.studies.plan import Variant
+from truenorm.studies.plan import trials_of
 from truenorm.studies.trial import Row
-from truenorm.studies.tuning import ROUND, trials_of, tuned
+from truenorm.studies.tuning import ROUND, tuned
+from truenorm.studies.variants import Variant
 
 GRID = (1e-4, 1e-2, 1.0)
 VARIANTS = [
@@ -112,7 +114,7 @@ def test_every_variant_has_the_same_number_of_runs_on_validation_alone():
 
 def test_rates_and_rows_do_not_depend_on_the_number_of_processes():
     told = [
-        [row.timeless() for row in study.rows + study.tuning]
+        timeless(study.rows + study.tuning)
         for study in (optuna(), optuna(processes=1), optuna(processes=2))
     ]
     assert told[0] == told[1] == told[2]

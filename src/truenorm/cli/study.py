@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -19,31 +22,56 @@ from truenorm.cli.options import (
     rate,
     widths_of,
 )
+from truenorm.studies.plan import StudyPlan
+
+_FLAGS = {"norms": "--norm", "batch_sizes": "--batch-size"}  # that are not named as their fields
+# The fields that a text stands for on the command line, and what reads it.
+_READ: dict[str, Callable[[str], Any]] = {
+    "model": listed,
+    "norms": listed,
+    "batch_sizes": functools.partial(integers, "batch_size"),
+    "lr": rate,
+    "grid": functools.partial(numbers, "grid"),
+}
+
+
+def _plan_options() -> type[Any]:
+    """StudyPlan with texts where a field takes several values; without ``changes``."""
+    hints = {**typing.get_type_hints(StudyPlan), "seeds": int | None}
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(StudyPlan):
+        if f.name == "changes":
+            continue
+        kind, default = hints[f.name], f.default
+        if f.name in _READ:
+            kind = str if default is not None else str | None
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        option = Parameter(name=_FLAGS.get(f.name), help=f.metadata["help"])
+        fields.append((f.name, Annotated[kind, option], dataclasses.field(default=default)))
+    options = dataclasses.make_dataclass("PlanOptions", fields, frozen=True, kw_only=True)
+    options.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
+    return options
+
+
+PlanOptions = _plan_options()
+
+
+def _plan(options: Any, changes: dict[str, Any]) -> StudyPlan:
+    """The plan that the command line's ``options`` ask for."""
+    fields = dataclasses.asdict(options)
+    for name, read in _READ.items():
+        if fields[name] is not None:
+            fields[name] = read(fields[name])
+    return StudyPlan(**fields, changes=changes)
 
 
 def compare(
     *,
     data: str = "mnist",
-    target: str | None = None,
-    model: str = "mlp",
-    norm: str = "none,batch,group,layer",
-    batch_size: str | None = None,
-    norm_position: str = "before",
-    widths: str | None = None,
-    dropout: str = "0",
-    seeds: int | None = None,
-    until: Literal["decided"] | None = None,
-    max_seeds: int = 64,
-    against: Literal["first", "all"] = "first",
-    lr: str = "recipe",
-    grid: str = "0.001,0.003,0.01,0.03,0.1",
-    tuner: Literal["grid", "optuna"] = "grid",
-    trials: int | None = None,
-    tuning_seeds: int = 2,
-    metric: str = "test_accuracy",
-    margin: float | None = None,
-    goal: float | None = None,
-    recipe: str = "default",
+    plan: Annotated[PlanOptions, Parameter(name="*", group="Study")] = PlanOptions(),  # type: ignore[valid-type]  # noqa: B008
+    norm_position: Annotated[str, Parameter(group="Study")] = "before",
+    widths: Annotated[str | None, Parameter(group="Study")] = None,
+    dropout: Annotated[str, Parameter(group="Study")] = "0",
     processes: int | None = None,
     engine: str = "local",
     store: Path = Path("study.sqlite"),
@@ -62,47 +90,12 @@ def compare(
     ----------
     data
         A data source as for train.
-    target
-        The label's column of a .csv or .parquet file.
-    model
-        mlp, convnet, resnet or transformer; several are compared norm by norm in each.
-    norm
-        Norms to compare; the first is the reference.
-    batch_size
-        Batch sizes, like 4,16,64; by default the recipe's own.
     norm_position
         before, after, or before,after.
     widths
         Hidden units or channels, like 256,128.
     dropout
         Probabilities, like 0,0.2.
-    seeds
-        Runs of each variant; by default 8, or as many as it takes to tell anything. With --until,
-        those before the first look.
-    until
-        decided: look at the verdicts as runs come in, and stop each variant when all that is asked
-        of it is told, or hopeless. The rate of errors holds over all looks.
-    max_seeds
-        The most runs of a variant with --until.
-    against
-        first: judge each norm beside the first one; all: judge every pair.
-    lr
-        recipe; tune, on validation data, with as many trials for each variant; or a number.
-    grid
-        The learning rates that tune tries.
-    tuner
-        grid, or optuna, which tries rates between the grid's ends and needs the extra tune.
-    trials
-        How many rates optuna tries for each variant; by default as many as the grid has.
-    tuning_seeds
-        Seeds for each of them; they are not judged.
-    metric
-        test_accuracy, test_loss, valid_accuracy or valid_loss.
-    margin
-        Differences up to this count as none, like 0.005 for half a point of accuracy.
-    goal
-        Validation accuracy to which epochs and seconds are counted; by default 0.99 of the best
-        variant's.
     processes
         Worker processes, each on one thread; by default one for each core.
     engine
@@ -122,34 +115,16 @@ def compare(
     report.kind_of(out)
     from truenorm.studies.compare import compare as compare_variants
 
-    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
     changes = {
         "norm_position": listed(norm_position),
         "widths": widths_of(widths),
         "dropout": numbers("dropout", dropout),
-        **given,
+        **{k: v for k, v in dataclasses.asdict(settings).items() if v is not None},
     }
     with report.following(store, quiet=quiet, as_json=json) as observe:
         study = compare_variants(
             data,
-            norms=listed(norm),
-            batch_sizes=None if batch_size is None else integers("batch_size", batch_size),
-            seeds=seeds,
-            until=until,
-            max_seeds=max_seeds,
-            against=against,
-            model=listed(model),
-            lr=rate(lr),
-            metric=metric,
-            margin=margin,
-            recipe=recipe,
-            changes=changes,
-            target=target,
-            grid=numbers("grid", grid),
-            tuner=tuner,
-            trials=trials,
-            tuning_seeds=tuning_seeds,
-            goal=goal,
+            _plan(plan, changes),
             processes=processes,
             engine=engine,
             store=store,

@@ -17,8 +17,8 @@ from truenorm.report.pages import page
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
 from truenorm.studies.claims.catalogue import CLAIMS
-from truenorm.studies.claims.claim import Finding, Findings, Judged, Plot
-from truenorm.studies.runner import Observer, Progress
+from truenorm.studies.claims.claim import ClaimFinding, Findings, Judged, Plot
+from truenorm.studies.runner import StudyObserver, StudyProgress
 
 
 def listed(*, as_json: bool) -> None:
@@ -31,19 +31,19 @@ def listed(*, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
     """A bar with time left over each claim's runs; elsewhere than in a terminal only failures."""
     with following_runs(store, quiet=quiet, as_json=as_json) as observe:
 
-        def failures(told: Progress) -> None:
+        def failures(progress: StudyProgress) -> None:
             assert observe is not None
-            row = told.row if told.row is not None and told.row.error else None
-            observe(told._replace(row=row))
+            row = progress.row if progress.row is not None and progress.row.error else None
+            observe(progress._replace(row=row))
 
         yield None if observe is None else failures
 
 
-def finding(found: Finding) -> None:
+def finding(found: ClaimFinding) -> None:
     """Print one finding: the verdict first."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("\n".join([*lines(found), ""]), markup=False)
@@ -55,7 +55,7 @@ def left_out(found: Findings) -> None:
         print(f"{name}: left out, {reason}")
 
 
-def lines(found: Finding) -> list[str]:
+def lines(found: ClaimFinding) -> list[str]:
     """Verdict, parts, literature, what was given up, time."""
     claim, size = found.claim, found.size
     failed = sum(row.error is not None for row in found.rows)
@@ -138,7 +138,7 @@ _COLUMNS = ("a", "b", "a - b", "interval", "unit", "margin", "p (Holm)", "n", "d
 _SIDES = (":--", ":--", *["--:"] * 6, ":--", ":--")
 
 
-def table(found: Finding) -> list[list[str]]:
+def table(found: ClaimFinding) -> list[list[str]]:
     """A line for each part."""
     return [_cells(j) for j in found.parts]
 
@@ -193,7 +193,7 @@ def scores(plot: Plot) -> str:
         return svg(figure)
 
 
-def differences(found: Finding) -> str:
+def differences(found: ClaimFinding) -> str:
     """Each part's differences by seed, mean and interval, in multiples of its margin."""
     parts = list(reversed(found.parts))
     with drawing("claim " + found.claim.name, 1, height=0.9 + 0.32 * len(parts)) as figure:

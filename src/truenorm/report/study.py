@@ -20,14 +20,14 @@ from truenorm.files import to_json
 from truenorm.report import pages
 from truenorm.report import study_plots as plots
 from truenorm.report.pages import page
-from truenorm.studies.runner import Observer, Progress
+from truenorm.studies.runner import StudyObserver, StudyProgress
 from truenorm.studies.study import Study, Summary
 from truenorm.studies.trial import Row
 from truenorm.studies.verdicts import with_unit
 
 
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
     """Show a study while the body runs it: yields what to tell of progress.
 
     In a terminal a bar over all runs with time left; elsewhere, and where CI is set, a line a run.
@@ -49,15 +49,15 @@ def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Observer |
     task = bar.add_task("", total=None, runs="")
     done = [0, 0]
 
-    def observe(told: Progress) -> None:
-        done[:] = told.runs, told.total_runs
-        runs = f"{told.runs}/{told.total_runs}"
-        if told.note:
-            console.print(told.note, markup=False)
+    def observe(progress: StudyProgress) -> None:
+        done[:] = progress.runs, progress.total_runs
+        runs = f"{progress.runs}/{progress.total_runs}"
+        if progress.note:
+            console.print(progress.note, markup=False)
             return
-        if told.row is not None and (not lively or told.row.error):
-            console.print(f"run {runs}  {_line(told.row)}", markup=False)
-        bar.update(task, completed=told.steps, total=told.total_steps, runs=runs)
+        if progress.row is not None and (not lively or progress.row.error):
+            console.print(f"run {runs}  {_line(progress.row)}", markup=False)
+        bar.update(task, completed=progress.steps, total=progress.total_steps, runs=runs)
 
     try:
         with bar:

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, svg
-from truenorm.studies.plan import Variant
 from truenorm.studies.study import Study
+from truenorm.studies.variants import Variant
 
 
 def by_batch_size(study: Study) -> str:

@@ -15,7 +15,7 @@ from truenorm.training.evaluate import Scores, logits_of, score
 from truenorm.training.fit import fit
 from truenorm.training.history import History
 
-VALIDATED = 2_000
+VALIDATED = 2_000  # examples at most to validate by, where a trial takes fewer than all
 
 
 class Bench:

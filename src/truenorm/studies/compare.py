@@ -2,241 +2,174 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from truenorm.data import sources
 from truenorm.data.datasets import Splits, Uncut
-from truenorm.errors import InputError, choose
+from truenorm.errors import InputError
 from truenorm.models import build
 from truenorm.provenance import environment
-from truenorm.studies.paired import least_seeds
-from truenorm.studies.plan import GRID, Variant, looks_of, rates_of, seeds_of, variants_of
-from truenorm.studies.runner import Observer, Runner, runner_of
+from truenorm.studies.plan import StudyPlan
+from truenorm.studies.question import Question
+from truenorm.studies.runner import Runner, StudyObserver, runner_of
 from truenorm.studies.study import Study
 from truenorm.studies.trial import Row
-from truenorm.studies.tuning import trials_of, tuned
-from truenorm.studies.verdicts import AGAINST, ALPHA, Against, Pair, family_of, judge, watch
+from truenorm.studies.tuning import tuned
+from truenorm.studies.variants import variants_of
+from truenorm.studies.verdicts import JudgedPair
 from truenorm.training.devices import device_of
-
-METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
-SEEDS = 8  # by default, where so many can tell something
 
 
 def compare(
     data: Any,
+    plan: StudyPlan | None = None,
     *,
-    norms: Sequence[str] = ("none", "batch", "group", "layer"),
-    batch_sizes: Sequence[int] | None = None,
-    seeds: int | Sequence[int] | None = None,
-    until: str | None = None,
-    max_seeds: int = 64,
-    against: str = "first",
-    model: str | Sequence[str] = "mlp",
-    lr: float | str = "recipe",
-    metric: str = "test_accuracy",
-    margin: float | None = None,
-    recipe: str = "default",
-    changes: dict[str, Any] | None = None,
-    target: str | None = None,
-    grid: Sequence[float] = GRID,
-    tuner: str = "grid",
-    trials: int | None = None,
-    tuning_seeds: int = 2,
-    goal: float | None = None,
     processes: int | None = None,
     engine: str = "local",
     store: Path | str | None = None,
     retry: bool = False,
-    observe: Observer | None = None,
+    observe: StudyObserver | None = None,
+    **fields: Any,
 ) -> Study:
     """Train every variant with every seed, and say which norm serves the task, if one can tell.
 
-    A variant is a norm with a batch size, and with one value of each of ``changes``. All
-    variants of a seed have the same split, the same initial weights where shapes allow, and
-    the same order of the data, so their differences are paired.
+    ``compare("digits", norms=("none", "batch"), seeds=8)`` makes its plan from the keywords.
 
     Args:
         data: a data source, as :func:`truenorm.load` takes it, or Splits, which are then the
             same for all seeds.
-        norms: the first is the reference of each batch size.
-        batch_sizes: by default the recipe's own.
-        seeds: how many (from 0), or which; by default 8, or one more than the fewest that can
-            tell anything with so many verdicts. With ``until``, how many before the first look.
-        until: "decided": look at the verdicts every few seeds, and give no more seeds to
-            variants of which all verdicts are told or hopeless. The rate of errors holds over
-            all looks (:func:`truenorm.studies.sequential.monitor`).
-        max_seeds: where that ends at the latest.
-        against: what is judged: each variant beside the "first" norm of its setting, or "all"
-            pairs. The p-values are corrected over all verdicts.
-        model: one architecture, or several.
-        lr: "recipe"; a number for all variants; or "tune": for each variant the rate of
-            ``grid`` with the least mean validation loss over ``tuning_seeds`` seeds of their
-            own. A rate with which any of them diverges or fails is out.
-        tuner: "grid", or "optuna" (extra ``tune``), which tries rates between the grid's ends.
-        trials: how many rates optuna tries for each variant; by default as many as the grid has.
-        metric: one of test_accuracy, test_loss, valid_accuracy, valid_loss.
-        margin: differences of the metric within +- margin count as none.
-        changes: fields of ModelSpec and TrainConfig; a list or tuple is one variant for each
-            value (of ``widths``, a list of tuples).
-        target: the label's column, for tables.
-        goal: validation accuracy to which epochs and seconds are counted; by default 99 % of
-            the best variant's mean.
+        plan: what is trained and judged; by default the plan's own defaults.
         processes: by default one for each core; 0 runs all here. Rows do not depend on it.
         engine: "local", or "ray" for a Ray cluster (extra ``cluster``); rows are the same.
         store: an SQLite file where rows are kept as they come and found again; None for
             memory. What it holds already is not run again.
         retry: run again what failed.
         observe: told of progress.
+        fields: those of :class:`truenorm.studies.plan.StudyPlan`, in place of the plan's own.
 
     Raises:
         InputError: data, models, config or store will not do.
         KeyboardInterrupt: Ctrl-C; finished rows are in the store, and no process is left.
     """
-    choose("metric", metric, METRICS)
-    if margin is not None and not margin > 0:
-        raise InputError(f"margin must be above 0, got {margin!r}.")
-    choose("against", against, AGAINST)
-    rates, judged = rates_of(lr, grid, tuning_seeds), None if seeds is None else seeds_of(seeds)
-    tries = trials_of(tuner, trials, rates)
-    looks = None if until is None else looks_of(until, seeds, max_seeds)
-    uncut, splits = _data(data, target, judged[0] if judged else 0)
-    if metric.startswith("test") and splits.test is None:
-        raise InputError(f"{splits.train.name}: has no test part; use the metric valid_accuracy.")
-    models = (model,) if isinstance(model, str) else tuple(model)
-    varied = {"name": models, "batch_size": tuple(batch_sizes or (None,)), **(changes or {})}
-    variants = variants_of(len(splits.train), tuple(norms), varied, recipe)
-    for variant in variants:  # refuse before anything is run
-        build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
-        device_of(variant.config.device)
-    question = _Question(tuple(variants), metric, margin, against)  # type: ignore[arg-type]
-    if looks is not None:
-        if not question.family():
-            raise InputError(f"until needs two norms at least, got {', '.join(norms)}.")
-        judged = tuple(range(looks[-1]))
-    elif judged is None:
-        judged = tuple(range(max(SEEDS, question.least_seeds() + 1)))
+    plan = StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
+    uncut, splits = _data(data, plan)
+    question = _question(plan, splits)
+    seeds = plan.judged_seeds(question.least_seeds())
     work = runner_of(
         uncut, len(splits.train), store, processes, engine=engine, retry=retry, observe=observe
     )
     with work as runner:
-        runner.expect(len(variants) * (tuning_seeds * tries + len(judged)))
-        if question.family() and len(judged) < question.least_seeds():
-            runner.note(question.too_few(len(judged)))
-        ahead = [v.trial(s, v.config.lr) for v in variants for s in judged]
-        tuning, lrs = tuned(
-            variants, rates, tuning_seeds, runner.rows, ahead, tuner=tuner, trials=tries
-        )
-        if isinstance(lr, float | int):
-            lrs = {v.label: float(lr) for v in variants}
-        if looks is None:
-            rows = runner.rows(v.trial(s, lrs[v.label]) for v in variants for s in judged)
-            verdicts = question.judge(rows)
-        else:
-            rows, verdicts = _until_decided(question, looks, lrs, runner)
-    about: dict[str, Any] = {
+        _expect(plan, question, seeds, runner)
+        tuning, lrs = _rates(plan, question, seeds, runner)
+        rows, verdicts = _rows(plan, question, seeds, lrs, runner)
+    about = {
         "data": data if isinstance(data, str) else splits.train.name,
         "fingerprint": runner.fingerprint,
         "store": None if store is None else str(store),
         "engine": engine,
         "processes": runner.pool.count,
         "seeds": sorted({row.seed for row in rows}),
-        "recipe": recipe,
+        **_about(plan),
     }
-    if rates:
-        about |= {"tuner": tuner, "trials": tries, "tuning_seeds": tuning_seeds}
-    if looks is not None:
-        about |= {"until": until, "max_seeds": max_seeds, "looks": looks}
     return question.answer(
-        rows, verdicts, tuning=tuning, lrs=lrs, goal=goal, provenance={**environment(), **about}
+        rows,
+        verdicts,
+        tuning=tuning,
+        lrs=lrs,
+        goal=plan.goal,
+        provenance={**environment(), **about},
     )
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What is asked of the rows."""
+# Before anything is run ----------------------------------------------------------------------
 
-    variants: tuple[Variant, ...]
-    metric: str
-    margin: float | None
-    against: Against
 
-    def family(self, against: Against | None = None) -> dict[tuple[str, str], str]:
-        """The pairs to judge, with their settings."""
-        settings: dict[str, list[str]] = {}
-        for v in self.variants:
-            settings.setdefault(v.setting, []).append(v.label)
-        return family_of(settings, against or self.against)
+def _data(data: Any, plan: StudyPlan) -> tuple[Uncut, Splits]:
+    """The data, and how the first seed cuts them."""
+    if isinstance(data, Splits):
+        return Uncut(data.train, data.test, data.valid, data.scaling), data
+    uncut = sources.uncut(data, target=plan.target)
+    return uncut, uncut.cut(plan.first_seed())
 
-    def least_seeds(self) -> int:
-        """Fewer can tell nothing, whatever the rows."""
-        return least_seeds(max(1, len(self.family())), ALPHA)
 
-    def too_few(self, seeds: int) -> str:
-        """A note that says so."""
-        return (
-            f"{seeds} seeds cannot tell anything among {len(self.family())} verdicts at "
-            f"{100 * ALPHA:g} %: at least {self.least_seeds()} are needed."
-        )
+def _question(plan: StudyPlan, splits: Splits) -> Question:
+    """What the plan asks of these data; refuses models that cannot be built on them."""
+    if plan.metric.startswith("test") and splits.test is None:
+        raise InputError(f"{splits.train.name}: has no test part; use the metric valid_accuracy.")
+    variants = variants_of(plan, len(splits.train))
+    for variant in variants:
+        build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
+        device_of(variant.config.device)
+    question = Question(tuple(variants), plan.metric, plan.margin, plan.against)
+    if plan.until is not None and not question.family():
+        raise InputError(f"until needs two norms at least, got {', '.join(plan.norms)}.")
+    return question
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, np.ndarray[Any, Any]]:
-        """Of each variant the metric by seed, over the seeds that any has; NaN if it lacks."""
-        places = {seed: i for i, seed in enumerate(sorted({row.seed for row in rows}))}
-        found = {v.label: np.full(len(places), math.nan) for v in self.variants}
-        for row in rows:
-            value = getattr(row, self.metric)
-            if value is not None:
-                found[row.variant][places[row.seed]] = value
-        return found
 
-    def judge(self, rows: Sequence[Row], against: Against | None = None) -> tuple[Pair, ...]:
-        """Verdicts of rows of which there are as many as was decided beforehand."""
-        family = self.family(against)
-        return judge(self.scores(rows), family, metric=self.metric, margin=self.margin)
+def _about(plan: StudyPlan) -> dict[str, Any]:
+    """What the provenance says of the plan."""
+    about: dict[str, Any] = {"recipe": plan.recipe}
+    if plan.rates():
+        about |= {"tuner": plan.tuner, "trials": plan.tries(), "tuning_seeds": plan.tuning_seeds}
+    if plan.until is not None:
+        about |= {"until": plan.until, "max_seeds": plan.max_seeds, "looks": plan.looks()}
+    return about
 
-    def watch(
-        self, rows: Sequence[Row], looks: Sequence[int], max_seeds: int
-    ) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
-        """Verdicts after the last of several looks, and the variants that need more seeds."""
-        told = {"metric": self.metric, "margin": self.margin}
-        return watch(self.scores(rows), self.family(), looks, max_seeds, **told)  # type: ignore[arg-type]
 
-    def answer(
-        self,
-        rows: Sequence[Row],
-        verdicts: Sequence[Pair],
-        *,
-        tuning: Sequence[Row],
-        lrs: dict[str, float],
-        goal: float | None,
-        provenance: dict[str, Any],
-    ) -> Study:
-        """What follows from finished rows."""
-        return Study(
-            self.variants,
-            tuple(rows),
-            tuple(tuning),
-            lrs,
-            self.metric,
-            self.margin,
-            _goal(self.variants, rows) if goal is None else goal,
-            self.judge(rows, "all"),
-            tuple(verdicts),
-            provenance,
-        )
+# The runs ------------------------------------------------------------------------------------
+
+
+def _expect(plan: StudyPlan, question: Question, seeds: Sequence[int], runner: Runner) -> None:
+    """Say how many runs there will be, and whether they are too few to tell anything."""
+    tuning = plan.tuning_seeds * plan.tries()
+    runner.expect(len(question.variants) * (tuning + len(seeds)))
+    if question.family() and len(seeds) < question.least_seeds():
+        runner.note(question.too_few(len(seeds)))
+
+
+def _rates(
+    plan: StudyPlan, question: Question, seeds: Sequence[int], runner: Runner
+) -> tuple[list[Row], dict[str, float]]:
+    """Rows of the tuning runs, and each variant's learning rate."""
+    variants = question.variants
+    if isinstance(plan.lr, float | int):
+        return [], {v.label: float(plan.lr) for v in variants}
+    ahead = [v.trial(s, v.config.lr) for v in variants for s in seeds]
+    return tuned(
+        variants,
+        plan.rates(),
+        plan.tuning_seeds,
+        runner.rows,
+        ahead,
+        tuner=plan.tuner,
+        trials=plan.tries(),
+    )
+
+
+def _rows(
+    plan: StudyPlan,
+    question: Question,
+    seeds: Sequence[int],
+    lrs: dict[str, float],
+    runner: Runner,
+) -> tuple[list[Row], tuple[JudgedPair, ...]]:
+    """The judged rows, by variant and then seed, and the verdicts asked for."""
+    looks = plan.looks()
+    if looks is not None:
+        return _until_decided(question, looks, lrs, runner)
+    rows = runner.rows(v.trial(s, lrs[v.label]) for v in question.variants for s in seeds)
+    return rows, question.judge(rows)
 
 
 def _until_decided(
-    question: _Question, looks: Sequence[int], lrs: dict[str, float], runner: Runner
-) -> tuple[list[Row], tuple[Pair, ...]]:
+    question: Question, looks: Sequence[int], lrs: dict[str, float], runner: Runner
+) -> tuple[list[Row], tuple[JudgedPair, ...]]:
     """Rows and verdicts of a study whose variants stop when all that is asked of them is told."""
     rows: list[Row] = []
-    verdicts: tuple[Pair, ...] = ()
+    verdicts: tuple[JudgedPair, ...] = ()
     running: Sequence[str] = [v.label for v in question.variants]
     begun = 0
     for k, at in enumerate(looks):
@@ -251,20 +184,3 @@ def _until_decided(
             break
     order = {v.label: i for i, v in enumerate(question.variants)}
     return sorted(rows, key=lambda row: (order[row.variant], row.seed)), verdicts
-
-
-def _data(data: Any, target: str | None, seed: int) -> tuple[Uncut, Splits]:
-    if isinstance(data, Splits):
-        return Uncut(data.train, data.test, data.valid, data.scaling), data
-    uncut = sources.uncut(data, target=target)
-    return uncut, uncut.cut(seed)
-
-
-def _goal(variants: Sequence[Variant], rows: Sequence[Row]) -> float | None:
-    means = []
-    for variant in variants:
-        own = [row for row in rows if row.variant == variant.label]
-        reached = [row.valid_accuracy for row in own if row.valid_accuracy is not None]
-        if reached:
-            means.append(sum(reached) / len(reached))
-    return 0.99 * max(means) if means else None

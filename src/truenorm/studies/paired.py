@@ -1,4 +1,4 @@
-"""Scores by seed -> paired comparisons and verdicts, at once or in looks. Pure functions, no I/O.
+"""Scores by seed -> paired comparisons and verdicts, all seeds at once. Pure functions, no I/O.
 
 Seeds pair the scores by position. NaN marks a run that failed; its seed is dropped from every pair
 of that variant and counted. All tests flip signs: under "no difference" each seed's difference
@@ -8,9 +8,8 @@ is as likely to be positive as negative, which is all that they assume.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,16 +17,14 @@ import numpy as np
 from scipy import special, stats
 
 from truenorm.errors import InputError
+from truenorm.studies.scores import Array, Pairs, checked, differences_of
 
-Array = np.ndarray[Any, Any]
 Decision = Literal["better", "worse", "equivalent", "cannot tell"]
-Pairs = Sequence[tuple[str, str]]
 
 EXACT = 14  # up to so many seeds every sign flip is tried
 FLIPS = 19_999  # beyond it, so many random ones
 RESAMPLES = 4_999
 WIDER_FROM = 9  # seeds from which an interval holds Student's, too
-LARGEST = 1e100  # squares and sums of scores stay finite
 BLOCK = 10_000_000  # numbers in memory at once
 
 
@@ -88,9 +85,6 @@ class Verdict:
     sentence: str
 
 
-# -- all seeds at once ----------------------------------------------------------------------------
-
-
 def compare_scores(
     scores: Mapping[str, Any],
     pairs: Pairs | None = None,
@@ -104,7 +98,8 @@ def compare_scores(
 
     All tests are one family: the chance that any verdict is false is at most ``alpha``, those of
     difference and of equivalence taken together (see :func:`one_family`). The number of seeds
-    must have been fixed beforehand; for looks in between there is :func:`monitor`.
+    must have been fixed beforehand; for looks in between there is
+    :func:`truenorm.studies.sequential.monitor`.
 
     Args:
         scores: of each variant a metric by seed, (S,); NaN where the run failed.
@@ -124,45 +119,54 @@ def compare_scores(
     tosts = None if margin is None else [equivalence(d, margin) for d in diffs]
     holms, tost_holms = (holm(ps), None) if tosts is None else one_family(ps, tosts)
     least = least_seeds(len(family), alpha)
-    compared = []
-    for i, ((a, b), d) in enumerate(zip(family, diffs, strict=True)):
-        n = len(d)
-        low, high = interval(d, 1 - alpha) if n > 1 else (None, None)
-        d_z = _d_z(d)
-        needed = seeds_needed(d_z, alpha / len(family), power)
-        if needed is not None and d_z is not None:
-            needed = flips_needed(max(needed, least), d_z, alpha / len(family), power)
-        if n > 1 and d_z is None and d.any():  # the same difference on every seed
-            needed = least
-        gains = d if higher_is_better else -d
-        compared.append(
-            Comparison(
-                a=a,
-                b=b,
-                n=n,
-                dropped=len(rows[a]) - n,
-                difference=float(d.mean()) if n else None,
-                low=low,
-                high=high,
-                p=float(ps[i]),
-                p_holm=float(holms[i]),
-                p_equivalent=None if tosts is None else float(tosts[i]),
-                p_equivalent_holm=None if tost_holms is None else float(tost_holms[i]),
-                d_z=d_z,
-                g_z=None if d_z is None or n < 3 else d_z * _hedges(n - 1),
-                superiority=float((gains > 0).mean() + (gains == 0).mean() / 2) if n else None,
-                iqm_a=interquartile_mean(rows[a]),
-                iqm_b=interquartile_mean(rows[b]),
-                seeds_needed=None if needed is None else max(needed, least),
-                least_seeds=least,
-                family=len(family),
-                alpha=alpha,
-                power=power,
-                margin=margin,
-                higher_is_better=higher_is_better,
-            )
+    return tuple(
+        Comparison(
+            a=a,
+            b=b,
+            n=len(d),
+            dropped=len(rows[a]) - len(d),
+            p=float(ps[i]),
+            p_holm=float(holms[i]),
+            p_equivalent=None if tosts is None else float(tosts[i]),
+            p_equivalent_holm=None if tost_holms is None else float(tost_holms[i]),
+            **_effect(d if higher_is_better else -d, d, 1 - alpha),
+            iqm_a=interquartile_mean(rows[a]),
+            iqm_b=interquartile_mean(rows[b]),
+            seeds_needed=_needed(d, least, alpha / len(family), power),
+            least_seeds=least,
+            family=len(family),
+            alpha=alpha,
+            power=power,
+            margin=margin,
+            higher_is_better=higher_is_better,
         )
-    return tuple(compared)
+        for i, ((a, b), d) in enumerate(zip(family, diffs, strict=True))
+    )
+
+
+def _effect(gains: Array, d: Array, level: float) -> dict[str, Any]:
+    """How large the differences ``d`` are; ``gains`` are above 0 where a is the better one."""
+    n, d_z = len(d), _d_z(d)
+    low, high = interval(d, level) if n > 1 else (None, None)
+    return {
+        "difference": float(d.mean()) if n else None,
+        "low": low,
+        "high": high,
+        "d_z": d_z,
+        "g_z": None if d_z is None or n < 3 else d_z * _hedges(n - 1),
+        "superiority": float((gains > 0).mean() + (gains == 0).mean() / 2) if n else None,
+    }
+
+
+def _needed(d: Array, least: int, alpha: float, power: float) -> int | None:
+    """Seeds with which a test at ``alpha`` finds the observed d_z; None if none can be named."""
+    d_z = _d_z(d)
+    if d_z is None:  # the same difference on every seed, or too few
+        return least if len(d) > 1 and d.any() else None
+    needed = seeds_needed(d_z, alpha, power)
+    return (
+        None if needed is None else max(flips_needed(max(needed, least), d_z, alpha, power), least)
+    )
 
 
 def verdict(found: Comparison, *, unit: str = "", factor: float = 1.0) -> Verdict:
@@ -448,83 +452,3 @@ def interquartile_mean(row: Array) -> float | None:
     """The mean of the middle half of (S,), NaN left out; None if nothing is left."""
     done = row[~np.isnan(row)]
     return float(stats.trim_mean(done, 0.25)) if len(done) else None
-
-
-# -- seeds in looks -------------------------------------------------------------------------------
-
-
-# -- what is given --------------------------------------------------------------------------------
-
-
-def checked(
-    scores: Mapping[str, Any], pairs: Pairs | None, margin: float | None, alpha: float, draws: int
-) -> tuple[dict[str, Array], list[tuple[str, str]]]:
-    """Scores as float64 rows of one length, and the family of pairs."""
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha must lie between 0 and 1, got {alpha!r}; 0.05 is usual.")
-    if margin is not None and not 0 < margin < LARGEST:
-        raise InputError(
-            f"margin must be a positive number, got {margin!r}; leave it out if every "
-            "difference counts."
-        )
-    rows = {name: _row(name, row) for name, row in scores.items()}
-    sizes = {name: len(row) for name, row in rows.items()}
-    if len(set(sizes.values())) > 1:
-        raise InputError(
-            f"every variant must have one score for each seed, got {sizes}; mark runs that failed "
-            "as NaN."
-        )
-    family = list(itertools.combinations(rows, 2)) if pairs is None else list(pairs)
-    for a, b in family:
-        for name in (a, b):
-            if name not in rows:
-                raise InputError(
-                    f"unknown variant {name!r} in pairs; choose one of {', '.join(rows)}."
-                )
-        if a == b:
-            raise InputError(f"a pair needs two variants, got {a!r} twice; leave it out.")
-    if len({frozenset(pair) for pair in family}) < len(family):
-        raise InputError(f"pairs must differ, got {family}; name each pair once.")
-    if not family:
-        raise InputError(f"at least one pair is needed, got the variants {list(rows)}; name two.")
-    if len(family) > alpha * (draws + 1):  # p is never below 1 / (draws + 1)
-        raise InputError(
-            f"at most {math.floor(alpha * (draws + 1))} pairs can be told at alpha = {alpha:g}, "
-            f"got {len(family)}; name the pairs that matter."
-        )
-    return rows, family
-
-
-def _row(name: str, given: Any) -> Array:
-    try:
-        row = np.asarray(given, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"scores of {name!r} must be numbers, got {given!r}; mark runs that failed as NaN."
-        ) from error
-    if row.ndim != 1:
-        raise InputError(
-            f"scores of {name!r} must have one axis, the seeds, got shape {row.shape}; "
-            "give one metric at a time."
-        )
-    wrong = ~np.isnan(row) & ~(np.abs(row) < LARGEST)
-    if wrong.any():
-        seed = int(wrong.argmax())
-        raise InputError(
-            f"scores of {name!r} must be finite and below {LARGEST:g} in size, got {row[seed]} at "
-            f"position {seed}; mark a run that diverged as NaN."
-        )
-    return row
-
-
-def differences_of(a: Array, b: Array) -> Array:
-    """A - b, NaN where either is; zero where it is but their rounding."""
-    d = a - b
-    d[np.abs(d) <= 4 * np.finfo(float).eps * np.maximum(np.abs(a), np.abs(b))] = 0
-    return d
-
-
-def mean_of(d: Array) -> float | None:
-    """The mean of what is not NaN, or None if all is."""
-    d = d[~np.isnan(d)]
-    return float(d.mean()) if len(d) else None

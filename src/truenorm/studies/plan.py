@@ -1,50 +1,149 @@
-"""What a study will run: variants, seeds and learning rates, checked before anything starts."""
+"""What a study is asked: one frozen dataclass, checked before anything starts.
+
+Imports no torch, so that ``truenorm --help`` is quick.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 from truenorm.errors import InputError, choose
-from truenorm.models import ModelSpec
-from truenorm.studies.trial import Part, Trial
 from truenorm.training.config import TrainConfig
-from truenorm.training.config import recipe as recipe_for
 
-GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
+Against = Literal["first", "all"]
+Tuner = Literal["grid", "optuna"]
+Until = Literal["decided"]
+METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
+SEEDS = 8  # by default, where so many can tell something
 MOST_SEEDS = 1000  # of a study until decided
 TUNING_SEEDS_FROM = 1_000_000  # so far from the judged seeds that the two never meet
-_SPEC_FIELDS = {f.name for f in dataclasses.fields(ModelSpec)} - {"name", "norm"}
-_CONFIG_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {
-    *("seed", "lr", "batch_size", "threads")
-}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to train: a model and a config, without seed; ``lr`` is set once it is tuned.
+def _documented(default: Any, help: str) -> Any:
+    """A field with its help, which the command line prints."""
+    return field(default=default, metadata={"help": help})
 
-    ``setting`` is what it shares with the variants it is compared with: all but the norm.
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan:
+    """Which variants are trained, with which seeds and rates, and what is judged.
+
+    A variant is a norm with a batch size, and with one value of each of ``changes``. All
+    variants of a seed have the same split, the same initial weights where shapes allow, and the
+    same order of the data, so their differences are paired.
+
+    ``seeds`` is how many (from 0), or which; by default 8, or one more than the fewest that can
+    tell anything with so many verdicts. The p-values are corrected over all verdicts; those of a
+    study ``until`` decided hold over all looks (:func:`truenorm.studies.sequential.monitor`).
+    Its looks are every few seeds, the last at ``max_seeds``.
+
+    With ``lr`` "tune" each variant has the rate of ``grid`` with the least mean validation loss
+    over ``tuning_seeds`` seeds; one with which any of them diverges or fails is out.
+
+    Raises:
+        InputError: a value lies outside its range, or does not go with another.
     """
 
-    label: str
-    setting: str
-    spec: ModelSpec
-    config: TrainConfig
+    target: str | None = _documented(None, "The label's column of a .csv or .parquet file.")
+    model: str | Sequence[str] = _documented(
+        "mlp", "mlp, convnet, resnet or transformer; several are compared norm by norm in each."
+    )
+    norms: Sequence[str] = _documented(
+        ("none", "batch", "group", "layer"), "Norms to compare; the first is the reference."
+    )
+    batch_sizes: Sequence[int] | None = _documented(
+        None, "Batch sizes, like 4,16,64; by default the recipe's own."
+    )
+    seeds: int | Sequence[int] | None = _documented(
+        None,
+        "Runs of each variant; by default 8, or as many as it takes to tell anything. "
+        "With --until, those before the first look.",
+    )
+    until: Until | None = _documented(
+        None,
+        "decided: look at the verdicts as runs come in, and stop each variant when all that is "
+        "asked of it is told, or hopeless. The rate of errors holds over all looks.",
+    )
+    max_seeds: int = _documented(64, "The most runs of a variant with --until.")
+    against: Against = _documented(
+        "first", "first: judge each norm beside the first one; all: judge every pair."
+    )
+    lr: float | str = _documented(
+        "recipe",
+        "recipe; tune, on validation data, with as many trials for each variant; or a number.",
+    )
+    grid: Sequence[float] = _documented(
+        (0.001, 0.003, 0.01, 0.03, 0.1), "The learning rates that tune tries."
+    )
+    tuner: Tuner = _documented(
+        "grid",
+        "grid, or optuna, which tries rates between the grid's ends and needs the extra tune.",
+    )
+    trials: int | None = _documented(
+        None, "How many rates optuna tries for each variant; by default as many as the grid has."
+    )
+    tuning_seeds: int = _documented(2, "Seeds for each of them; they are not judged.")
+    metric: str = _documented(
+        "test_accuracy", "test_accuracy, test_loss, valid_accuracy or valid_loss."
+    )
+    margin: float | None = _documented(
+        None, "Differences up to this count as none, like 0.005 for half a point of accuracy."
+    )
+    goal: float | None = _documented(
+        None,
+        "Validation accuracy to which epochs and seconds are counted; by default 0.99 of the "
+        "best variant's.",
+    )
+    recipe: str = _documented("default", "default, or classic: the textbook protocol.")
+    changes: Mapping[str, Any] | None = _documented(
+        None,
+        "Fields of ModelSpec and TrainConfig; a list or tuple is one variant for each value "
+        "(of widths, a list of tuples).",
+    )
 
-    def told(self) -> dict[str, Any]:
-        """The config's fields that are the same in all its runs."""
-        fields = dataclasses.asdict(self.config)
-        return {k: v for k, v in fields.items() if k not in ("seed", "lr", "threads")}
+    def __post_init__(self) -> None:
+        choose("metric", self.metric, METRICS)
+        if self.margin is not None and not self.margin > 0:
+            raise InputError(f"margin must be above 0, got {self.margin!r}.")
+        choose("against", self.against, get_args(Against))
+        rates = self.rates()
+        if self.seeds is not None:
+            seeds_of(self.seeds)
+        trials_of(self.tuner, self.trials, rates)
+        self.looks()
 
-    def trial(self, seed: int, lr: float, part: Part = "judged") -> Trial:
-        """The run of this variant with ``seed`` and ``lr``."""
-        config = dataclasses.replace(self.config, seed=seed, lr=lr)
-        return Trial(self.label, self.spec, config, part)
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try for each variant, rising; none where nothing is tuned."""
+        return rates_of(self.lr, self.grid, self.tuning_seeds)
+
+    def tries(self) -> int:
+        """How many learning rates each variant is tried with."""
+        return trials_of(self.tuner, self.trials, self.rates())
+
+    def looks(self) -> tuple[int, ...] | None:
+        """Numbers of seeds at which a study until decided is looked at; None for any other."""
+        return None if self.until is None else looks_of(self.until, self.seeds, self.max_seeds)
+
+    def judged_seeds(self, least: int) -> tuple[int, ...]:
+        """The seeds to judge by, or of which some are, where ``least`` can tell something."""
+        looks = self.looks()
+        if looks is not None:
+            return tuple(range(looks[-1]))
+        return tuple(range(max(SEEDS, least + 1))) if self.seeds is None else seeds_of(self.seeds)
+
+    def first_seed(self) -> int:
+        """The seed whose split shows what the data are."""
+        return 0 if self.seeds is None else seeds_of(self.seeds)[0]
+
+    def varied(self) -> dict[str, Any]:
+        """The fields of ModelSpec and TrainConfig in which settings differ, with their values."""
+        models = (self.model,) if isinstance(self.model, str) else tuple(self.model)
+        sizes = tuple(self.batch_sizes or (None,))
+        return {"name": models, "batch_size": sizes, **(self.changes or {})}
 
 
 def seeds_of(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -72,7 +171,7 @@ def looks_of(until: str, first: int | Sequence[int] | None, max_seeds: int) -> t
     Raises:
         InputError: values that cannot be.
     """
-    choose("until", until, ("decided",))
+    choose("until", until, get_args(Until))
     if not 2 <= max_seeds <= MOST_SEEDS:
         raise InputError(f"max_seeds must lie in [2, {MOST_SEEDS}], got {max_seeds!r}.")
     step = math.ceil(max_seeds / 16)
@@ -84,59 +183,6 @@ def looks_of(until: str, first: int | Sequence[int] | None, max_seeds: int) -> t
             f"got {first!r}."
         )
     return (*range(first, max_seeds, step), max_seeds)
-
-
-def variants_of(
-    examples: int, norms: tuple[str, ...], varied: dict[str, Any], recipe: str
-) -> list[Variant]:
-    """Every combination of values; within a setting the norms follow in their order.
-
-    Args:
-        examples: in the training part; the recipe depends on it.
-        norms: of each setting.
-        varied: fields of ModelSpec and TrainConfig, each with a value or several.
-        recipe: fills what ``varied`` does not say.
-
-    Raises:
-        InputError: a field or value that cannot be, or a variant that is there twice.
-    """
-    unknown = varied.keys() - _SPEC_FIELDS - _CONFIG_FIELDS - {"name", "batch_size"}
-    if unknown:
-        raise InputError(
-            f"changes cannot hold {', '.join(sorted(unknown))}; fields of ModelSpec and "
-            "TrainConfig can stand there but norm, batch_size, lr, seed and threads."
-        )
-    choices = {name: _choices(name, value) for name, value in varied.items()}
-    for name, values in {"norms": norms, **choices}.items():
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{name} must be at least one, and all different, got {values!r}.")
-    several = [n for n, values in choices.items() if len(values) > 1 and n != "batch_size"]
-    variants = []
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
-        told = {k: v for k, v in chosen.items() if k in _CONFIG_FIELDS}
-        if chosen["batch_size"] is not None:
-            told["batch_size"] = chosen["batch_size"]
-        config = recipe_for(recipe, chosen["name"], examples, **told)
-        built = {k: v for k, v in chosen.items() if k in _SPEC_FIELDS | {"name"}}
-        extra = [f"{'model' if n == 'name' else n} {chosen[n]}" for n in several]
-        setting = ", ".join([f"batch size {config.batch_size}", *extra])
-        for norm in norms:
-            label = "/".join([norm, str(config.batch_size), *(str(chosen[n]) for n in several)])
-            variants.append(Variant(label, setting, ModelSpec(norm=norm, **built), config))  # type: ignore[arg-type]
-    labels = [v.label for v in variants]
-    twice = [label for i, label in enumerate(labels) if label in labels[:i]]
-    if twice:
-        raise InputError(f"two variants are {twice[0]}; leave one of the two values out.")
-    return variants
-
-
-def _choices(name: str, value: Any) -> tuple[Any, ...]:
-    several = isinstance(value, list | tuple)
-    if name == "widths":
-        several = several and any(w is None or isinstance(w, list | tuple) for w in value)
-        return tuple(None if w is None else tuple(w) for w in (value if several else (value,)))
-    return tuple(value) if several else (value,)
 
 
 def rates_of(lr: float | str, grid: Sequence[float], tuning_seeds: int) -> tuple[float, ...]:
@@ -155,3 +201,45 @@ def rates_of(lr: float | str, grid: Sequence[float], tuning_seeds: int) -> tuple
     if not rates or tuning_seeds < 1:
         raise InputError("tuning needs at least one learning rate and one tuning seed.")
     return tuple(sorted(set(rates)))
+
+
+def trials_of(tuner: str, trials: int | None, rates: Sequence[float]) -> int:
+    """How many learning rates each variant is tried with; by default as many as the grid has.
+
+    Raises:
+        InputError: an unknown tuner, or one that cannot work on this.
+    """
+    choose("tuner", tuner, get_args(Tuner))
+    if tuner == "grid":
+        if trials is not None:
+            raise InputError(
+                f"trials are the tuner optuna's, got {trials!r} with the tuner grid, which tries "
+                "all of grid; choose optuna or leave them out."
+            )
+        return len(rates)
+    if len(rates) < 2:
+        raise InputError(
+            f"tuner 'optuna' needs lr 'tune' and a grid of two rates or more, got {len(rates)} to "
+            "tune: it searches between the least and the largest; name both."
+        )
+    if trials is not None and trials < 1:
+        raise InputError(
+            f"trials must be at least 1, got {trials!r}; as many as the grid has are usual."
+        )
+    optuna_package()
+    return len(rates) if trials is None else trials
+
+
+def optuna_package() -> ModuleType:
+    """The package optuna.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            "tuner 'optuna' needs the package optuna: pip install 'truenorm[tune]'."
+        ) from error
+    return optuna

@@ -15,12 +15,12 @@ from truenorm.errors import InputError, choose
 from truenorm.studies.cluster import RayPool
 from truenorm.studies.store import Store
 from truenorm.studies.trial import Row, Trial
-from truenorm.studies.workers import Pool, default_processes
+from truenorm.studies.workers import WorkerPool, default_processes
 
 ENGINES = ("local", "ray")
 
 
-class Progress(NamedTuple):
+class StudyProgress(NamedTuple):
     """What an observer is told: runs and optimizer steps, done and in all, and the newest row.
 
     ``row`` is None for the rows that the store held already, told of together, and where there
@@ -35,7 +35,7 @@ class Progress(NamedTuple):
     note: str = ""
 
 
-Observer = Callable[[Progress], None]
+StudyObserver = Callable[[StudyProgress], None]
 
 
 @contextlib.contextmanager
@@ -47,12 +47,12 @@ def runner_of(
     *,
     engine: str = "local",
     retry: bool = False,
-    observe: Observer | None = None,
+    observe: StudyObserver | None = None,
 ) -> Iterator[Runner]:
     """What runs trials over ``uncut`` and keeps their rows, until the body ends."""
     pool = _pool(engine, uncut, processes)
-    with Store(None if store is None else Path(store)) as held, pool:
-        yield Runner(held, pool, uncut.fingerprint(), examples, retry, observe)
+    with Store(None if store is None else Path(store)) as opened, pool:
+        yield Runner(opened, pool, uncut.fingerprint(), examples, retry, observe)
 
 
 @dataclass
@@ -60,11 +60,11 @@ class Runner:
     """Gets rows: from the store where they are, else from the pool and into the store."""
 
     store: Store
-    pool: Pool | RayPool
+    pool: WorkerPool | RayPool
     fingerprint: str
     examples: int
     retry: bool
-    observe: Observer | None
+    observe: StudyObserver | None
 
     def expect(self, runs: int) -> None:
         """Say how many runs there will be."""
@@ -77,7 +77,9 @@ class Runner:
     def note(self, text: str) -> None:
         """Tell the observer something to know before the end."""
         if self.observe is not None:
-            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps, None, text))
+            self.observe(
+                StudyProgress(self.runs, self.total_runs, self.steps, self.steps, None, text)
+            )
 
     def rows(self, trials: Iterable[Trial], ahead: Sequence[Trial] = ()) -> list[Row]:
         """The rows of ``trials``, in their order; ``ahead`` are about as long as what follows."""
@@ -108,14 +110,16 @@ class Runner:
 
     def _tell(self, left: int, row: Row | None) -> None:
         if self.observe is not None:
-            self.observe(Progress(self.runs, self.total_runs, self.steps, self.steps + left, row))
+            self.observe(
+                StudyProgress(self.runs, self.total_runs, self.steps, self.steps + left, row)
+            )
 
 
-def _pool(engine: str, uncut: Uncut, processes: int | None) -> Pool | RayPool:
+def _pool(engine: str, uncut: Uncut, processes: int | None) -> WorkerPool | RayPool:
     """What runs the trials; of a cluster None processes are as many as it has cores."""
     if processes is not None and processes < 0:
         raise InputError(f"processes must be at least 0, got {processes!r}.")
     choose("engine", engine, ENGINES)
     if engine == "ray":
         return RayPool(uncut, processes)
-    return Pool(uncut, default_processes() if processes is None else processes)
+    return WorkerPool(uncut, default_processes() if processes is None else processes)

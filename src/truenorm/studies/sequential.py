@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from truenorm.errors import InputError
-from truenorm.studies.paired import BLOCK, Array, Decision, Pairs, checked, differences_of, mean_of
+from truenorm.studies.paired import BLOCK, Decision
+from truenorm.studies.scores import Array, Pairs, checked, differences_of, mean_of
 
 PATHS = 9_999  # sign flips followed over a sequential study
 HOPELESS = 0.1  # conditional power below which a pair is given up
@@ -116,12 +117,12 @@ def monitor(
         mean = mean_of(diffs[i][:at])
         watched[i] = Watched(*family[i], decision, True, hopeless, at, mean, powers[i])
 
-    told = 0
+    decided = 0
     for k, at in enumerate(looks):
         news = True
         while news:  # what is decided frees some of alpha for the others
             news = False
-            share = alpha / max(1, len(family) - (told if margin is None else 0))
+            share = alpha / max(1, len(family) - (decided if margin is None else 0))
             different, within = firsts(share)
             for i in [i for i, w in enumerate(watched) if w is None]:
                 powers[i] = None
@@ -133,7 +134,7 @@ def monitor(
                 else:
                     powers[i] = _conditional(diffs[i][:at], at, max_seeds, share, margin)
                     continue
-                told, news = told + 1, True
+                decided, news = decided + 1, True
         for i in [i for i, w in enumerate(watched) if w is None]:
             chance = powers[i]
             lost = chance is not None and chance < HOPELESS and HOPELESS_FROM <= at / max_seeds < 1

@@ -53,9 +53,9 @@ class Store:
         found = {}
         with self._explained():
             for key in keys:
-                held = self._file.execute("SELECT row FROM runs WHERE key = ?", (key,)).fetchone()
-                if held is not None:
-                    found[key] = Row.from_json(json.loads(held[0]))
+                kept = self._file.execute("SELECT row FROM runs WHERE key = ?", (key,)).fetchone()
+                if kept is not None:
+                    found[key] = Row.from_json(json.loads(kept[0]))
         return found
 
     def add(self, key: str, trial: Trial, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""compare(): variants x seeds -> rows -> paired verdicts; "cannot tell" is an answer."""
+"""A finished study: its rows, and what follows from them; "cannot tell" is an answer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from truenorm.studies.paired import Decision, interquartile_mean, interval
-from truenorm.studies.plan import (
-    Variant,
-)
 from truenorm.studies.trial import Row
 from truenorm.studies.tuning import tried
-from truenorm.studies.verdicts import Pair
+from truenorm.studies.variants import Variant
+from truenorm.studies.verdicts import JudgedPair
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Study:
     metric: str
     margin: float | None
     goal: float | None
-    pairs: tuple[Pair, ...]
-    verdicts: tuple[Pair, ...]
+    pairs: tuple[JudgedPair, ...]
+    verdicts: tuple[JudgedPair, ...]
     provenance: dict[str, Any]
 
     def of(self, label: str) -> list[Row]:
@@ -91,7 +89,7 @@ class Study:
             for setting in dict.fromkeys(v.setting for v in self.variants)
         }
 
-    def differences(self, pair: Pair) -> list[float]:
+    def differences(self, pair: JudgedPair) -> list[float]:
         """The metric's difference for each seed that both variants of ``pair`` have it for."""
         a, b = (
             {row.seed: getattr(row, self.metric) for row in self.of(label)}
@@ -150,9 +148,9 @@ class Study:
         """How many verdicts there are of each kind."""
         counts = collections.Counter(pair.decision for pair in self.verdicts)
         kinds: tuple[Decision, ...] = ("better", "worse", "equivalent", "cannot tell")
-        told = [f"{counts[kind]} {kind}" for kind in kinds if counts[kind]]
+        counted = [f"{counts[kind]} {kind}" for kind in kinds if counts[kind]]
         count = f"{len(self.verdicts)} verdict{'s' * (len(self.verdicts) > 1)}"
-        return f"{count}: {', '.join(told)}." if told else "No verdicts."
+        return f"{count}: {', '.join(counted)}." if counted else "No verdicts."
 
     def sentences(self) -> list[str]:
         """The verdicts in words, and what one should know of the tuning."""
@@ -182,8 +180,8 @@ class Study:
 
 def _values(rows: Sequence[Row], metric: str) -> np.ndarray[Any, Any]:
     """The metric by seed; NaN where a run has none."""
-    held = [getattr(row, metric) for row in rows]
-    return np.array([math.nan if v is None else v for v in held], dtype=float)
+    values = [getattr(row, metric) for row in rows]
+    return np.array([math.nan if v is None else v for v in values], dtype=float)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -194,13 +192,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _at_the_edge(tuning: Sequence[Row], lrs: dict[str, float]) -> list[str]:
     """What one should know of rates at an end of those that were tried."""
-    tried = sorted({row.lr for row in tuning})
-    told = []
-    for rate, end in ((tried[0], "least"), (tried[-1], "largest")) if len(tried) > 1 else ():
+    rates = sorted({row.lr for row in tuning})
+    notes = []
+    for rate, end in ((rates[0], "least"), (rates[-1], "largest")) if len(rates) > 1 else ():
         labels = [label for label, lr in lrs.items() if lr == rate]
         if labels:
-            told.append(
+            notes.append(
                 f"The learning rate chosen for {', '.join(labels)}, {rate:g}, is the {end} that "
                 "was tried; a wider grid may do better."
             )
-    return told
+    return notes

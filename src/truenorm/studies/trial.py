@@ -1,4 +1,4 @@
-"""One run of a study: what it is asked, what comes of it, and the doing of it."""
+"""One run of a study: what it is asked, and what comes of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from truenorm.models import ModelSpec
 from truenorm.training.config import TrainConfig
 
-Part = Literal["judged", "tuning"]
+Purpose = Literal["judged", "tuning"]  # stored as "part"
 ATTEMPTS = 3  # a run is run again twice when its process dies
 
 
@@ -33,7 +33,7 @@ class Trial:
     variant: str
     spec: ModelSpec
     config: TrainConfig
-    part: Part = "judged"
+    part: Purpose = "judged"
     probe: str = ""
     examples: int = 0
 
@@ -83,7 +83,7 @@ class Row:
     """
 
     variant: str
-    part: Part
+    part: Purpose
     seed: int
     lr: float
     test_accuracy: float | None = None
@@ -118,11 +118,6 @@ class Row:
     def from_json(cls, stored: dict[str, Any]) -> Row:
         """Undo :meth:`to_json`."""
         return cls(**{**stored, "curve": tuple(tuple(e) for e in stored["curve"])})
-
-    def timeless(self) -> Row:
-        """The row without its seconds: equal runs give equal ones."""
-        curve = tuple((loss, accuracy, 0.0) for loss, accuracy, _ in self.curve)
-        return dataclasses.replace(self, seconds=0.0, curve=curve)
 
 
 def failed(trial: Trial, error: str) -> Row:

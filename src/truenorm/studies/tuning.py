@@ -8,43 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from truenorm.errors import InputError, choose
-from truenorm.studies.plan import TUNING_SEEDS_FROM, Variant
+from truenorm.studies.plan import TUNING_SEEDS_FROM, optuna_package
 from truenorm.studies.trial import Row, Trial
+from truenorm.studies.variants import Variant
 
-TUNERS = ("grid", "optuna")
 # Trials that optuna is asked for at a time, of each variant. It is a constant, and not the number
 # of processes, on which rows must not depend; the first round is drawn at random.
 ROUND = 5
 
 Run = Callable[[Sequence[Trial], Sequence[Trial]], list[Row]]  # of trials, and those to follow
-
-
-def trials_of(tuner: str, trials: int | None, rates: Sequence[float]) -> int:
-    """How many learning rates each variant is tried with; by default as many as the grid has.
-
-    Raises:
-        InputError: an unknown tuner, or one that cannot work on this.
-    """
-    choose("tuner", tuner, TUNERS)
-    if tuner == "grid":
-        if trials is not None:
-            raise InputError(
-                f"trials are the tuner optuna's, got {trials!r} with the tuner grid, which tries "
-                "all of grid; choose optuna or leave them out."
-            )
-        return len(rates)
-    if len(rates) < 2:
-        raise InputError(
-            f"tuner 'optuna' needs lr 'tune' and a grid of two rates or more, got {len(rates)} to "
-            "tune: it searches between the least and the largest; name both."
-        )
-    if trials is not None and trials < 1:
-        raise InputError(
-            f"trials must be at least 1, got {trials!r}; as many as the grid has are usual."
-        )
-    _optuna()
-    return len(rates) if trials is None else trials
 
 
 def tuned(
@@ -100,21 +72,11 @@ def tuning_loss(rows: Sequence[Row]) -> float:
 
 def _tries(rates: Mapping[Variant, Sequence[float]], seeds: int) -> list[Trial]:
     """The runs of each variant with each of its rates, on seeds that are not judged."""
-    tried = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
-    return [v.trial(s, rate, "tuning") for v, own in rates.items() for rate in own for s in tried]
+    own = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + seeds)
+    return [v.trial(s, rate, "tuning") for v, tried in rates.items() for rate in tried for s in own]
 
 
 # Optuna --------------------------------------------------------------------------------------
-
-
-def _optuna() -> ModuleType:
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(
-            "tuner 'optuna' needs the package optuna: pip install 'truenorm[tune]'."
-        ) from error
-    return optuna
 
 
 def _searched(
@@ -133,7 +95,7 @@ def _searched(
     order in which runs end nor on where they run, and a second time all are in the store.
     """
     rows: list[Row] = []
-    with _silent(_optuna()) as optuna:
+    with _silent(optuna_package()) as optuna:
         searches = {v: _search(optuna) for v in variants}
         for begun in range(0, trials, ROUND):
             size = min(ROUND, trials - begun)

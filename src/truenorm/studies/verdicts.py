@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from truenorm.studies.paired import (
     Comparison,
@@ -17,10 +17,9 @@ from truenorm.studies.paired import (
     hundredths,
     verdict,
 )
+from truenorm.studies.plan import Against
 from truenorm.studies.sequential import Watched, monitor
 
-Against = Literal["first", "all"]
-AGAINST: tuple[str, ...] = get_args(Against)
 Settings = Mapping[str, Sequence[str]]  # of each setting the variants, its reference first
 ALPHA = 0.05
 # What the statistics of a fixed number of seeds say, and what does not hold after looks.
@@ -28,7 +27,7 @@ _FIXED = ("low", "high", "p", "p_holm", "p_equivalent", "p_equivalent_holm", "se
 
 
 @dataclass(frozen=True)
-class Pair:
+class JudgedPair:
     """Two variants of one setting: their statistics, what they decide, and a sentence of it.
 
     ``watched`` is there in a study that stops when it is decided; its interval and p-values
@@ -59,20 +58,20 @@ class Pair:
 
     def to_json(self) -> dict[str, Any]:
         """What programs read, in one object."""
-        told: dict[str, Any] = {
+        figures = dataclasses.asdict(self.comparison)
+        for name in ("a", "b", *(_FIXED if self.watched else ())):
+            del figures[name]
+        if self.watched:
+            figures["hopeless"] = self.watched.hopeless
+            figures["conditional_power"] = self.watched.conditional_power
+        return {
             "setting": self.setting,
             "variant": self.variant,
             "reference": self.reference,
+            **figures,
+            "decision": self.decision,
+            "sentence": self.sentence,
         }
-        figures = dataclasses.asdict(self.comparison)
-        dropped = {"a", "b", *(_FIXED if self.watched else ())}
-        told |= {name: value for name, value in figures.items() if name not in dropped}
-        if self.watched:
-            told |= {
-                "hopeless": self.watched.hopeless,
-                "conditional_power": self.watched.conditional_power,
-            }
-        return {**told, "decision": self.decision, "sentence": self.sentence}
 
 
 def family_of(settings: Settings, against: Against) -> dict[tuple[str, str], str]:
@@ -85,13 +84,13 @@ def family_of(settings: Settings, against: Against) -> dict[tuple[str, str], str
     }
 
 
-def judge(
+def judge_pairs(
     scores: Mapping[str, Any],
     family: Mapping[tuple[str, str], str],
     *,
     metric: str,
     margin: float | None,
-) -> tuple[Pair, ...]:
+) -> tuple[JudgedPair, ...]:
     """Verdicts of a fixed number of seeds, corrected as one family.
 
     Args:
@@ -112,7 +111,7 @@ def judge(
     )
 
 
-def watch(
+def watch_pairs(
     scores: Mapping[str, Any],
     family: Mapping[tuple[str, str], str],
     looks: Sequence[int],
@@ -120,10 +119,10 @@ def watch(
     *,
     metric: str,
     margin: float | None,
-) -> tuple[tuple[Pair, ...], tuple[str, ...]]:
+) -> tuple[tuple[JudgedPair, ...], tuple[str, ...]]:
     """Verdicts after the last of ``looks``, and the variants that need more seeds.
 
-    Arguments as for :func:`judge` and :func:`truenorm.studies.sequential.monitor`.
+    Arguments as for :func:`judge_pairs` and :func:`truenorm.studies.sequential.monitor`.
     """
     higher = metric.endswith("accuracy")
     seen = monitor(
@@ -133,15 +132,17 @@ def watch(
     for w in seen.pairs:
         cut = {name: scores[name][: w.n] for name in (w.a, w.b)}
         found = compare_scores(cut, [(w.a, w.b)], higher_is_better=higher, margin=margin)[0]
-        text = _told_early(_by_norm(found), w, max_seeds, metric)
+        text = _early_sentence(_by_norm(found), w, max_seeds, metric)
         said = Verdict(w.a, w.b, w.decision, text)
         pairs.append(_pair(family[w.a, w.b], found, said, w))
     return tuple(pairs), seen.running
 
 
-def _pair(setting: str, found: Comparison, said: Verdict, watched: Watched | None = None) -> Pair:
+def _pair(
+    setting: str, found: Comparison, said: Verdict, watched: Watched | None = None
+) -> JudgedPair:
     text = said.sentence.removesuffix(".")
-    return Pair(setting, found, said.decision, f"{setting}: {text}.", watched)
+    return JudgedPair(setting, found, said.decision, f"{setting}: {text}.", watched)
 
 
 def _by_norm(found: Comparison) -> Comparison:
@@ -150,7 +151,7 @@ def _by_norm(found: Comparison) -> Comparison:
     return dataclasses.replace(found, a=a, b=b)
 
 
-def _told_early(found: Comparison, seen: Watched, max_seeds: int, metric: str) -> str:
+def _early_sentence(found: Comparison, seen: Watched, max_seeds: int, metric: str) -> str:
     """A sentence of a pair that is looked at repeatedly."""
     unit, factor = _unit(metric), _factor(metric)
     after = f"{seen.n} of at most {max_seeds} seeds"

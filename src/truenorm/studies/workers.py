@@ -60,9 +60,11 @@ def write_data(data: Uncut, path: Path) -> None:
         part: Dataset | None = getattr(data, name)
         if part is None:
             continue
-        held = {"x": part.x, "y": part.y, "weight": part.weight}
+        columns = {"x": part.x, "y": part.y, "weight": part.weight}
         # Copied, because safetensors takes no two tensors of one memory, as slices are.
-        tensors |= {f"{name}.{k}": v.contiguous().clone() for k, v in held.items() if v is not None}
+        tensors |= {
+            f"{name}.{k}": v.contiguous().clone() for k, v in columns.items() if v is not None
+        }
         about[name] = {"classes": part.classes, "name": part.name}
     safetensors.torch.save_file(tensors, path, {"about": json.dumps(about, default=str)})
 
@@ -142,7 +144,7 @@ class _Worker:
 
 
 @dataclass(eq=False)
-class Pool:
+class WorkerPool:
     """Worker processes over ``data``; a context manager that leaves none behind.
 
     ``count`` 0 is no process at all: trials are run in this one.
@@ -152,7 +154,7 @@ class Pool:
     count: int
     workers: list[_Worker] = field(default_factory=list)
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         self._bench = Bench(self.data)
         self._folder = tempfile.TemporaryDirectory(prefix="truenorm-", ignore_cleanup_errors=True)
         self._path = Path(self._folder.name) / "data.safetensors"

@@ -1,4 +1,4 @@
-"""A claim, its study's parts, and how they are judged."""
+"""A claim, the arms and parts of its study, and how they are judged."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from truenorm.models import ModelSpec
 from truenorm.studies.paired import Comparison, Decision, compare_scores, verdict
 from truenorm.studies.plan import TUNING_SEEDS_FROM
 from truenorm.studies.runner import Runner
-from truenorm.studies.trial import Part as TrialPart
-from truenorm.studies.trial import Row, Trial
+from truenorm.studies.trial import Purpose, Row, Trial
 from truenorm.studies.tuning import best_rates
 from truenorm.training.config import TrainConfig
 
 Answer = Literal["supported", "refuted", "cannot tell"]
-Scores = list[float]
+SeedScores = list[float]  # by seed, NaN where a run has none
 BETTER: tuple[Decision, ...] = ("better",)
 WORSE: tuple[Decision, ...] = ("worse",)
 AS_GOOD: tuple[Decision, ...] = ("better", "equivalent")
@@ -27,8 +26,11 @@ TENTH = math.log2(1.1)  # less is within what machines and runs vary by
 DOUBLE = 1.0  # in log2
 
 
+# What is asked -------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Size:
+class StudySize:
     """How large a study is: seeds, training examples, epochs, and values along its axis."""
 
     seeds: int
@@ -47,7 +49,7 @@ class Arm:
     config: TrainConfig
     probe: str = ""
 
-    def trial(self, seed: int, lr: float, size: Size, part: TrialPart = "judged") -> Trial:
+    def trial(self, seed: int, lr: float, size: StudySize, part: Purpose = "judged") -> Trial:
         """The run with ``seed`` and ``lr``; rates are tuned by plain training, not by probe."""
         config = dataclasses.replace(self.config, seed=seed, lr=lr)
         probe = self.probe if part == "judged" else ""
@@ -60,8 +62,8 @@ class Part:
 
     a: str
     b: str
-    scores_a: Scores
-    scores_b: Scores
+    scores_a: SeedScores
+    scores_b: SeedScores
     margin: float
     expects: tuple[Decision, ...] = BETTER
     higher_is_better: bool = True
@@ -75,94 +77,9 @@ class Plot:
 
     title: str
     axis: str
-    series: dict[str, list[tuple[float | str, Scores]]]
+    series: dict[str, list[tuple[float | str, SeedScores]]]
     log: bool = False
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A part with its statistics, in the part's own unit before ``factor``."""
-
-    part: Part
-    comparison: Comparison
-    decision: Decision
-    answer: Answer
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What people say, who said it with which number, why the margins, and the study."""
-
-    name: str
-    statement: str
-    literature: str
-    setting: str
-    margin: str
-    full: Size
-    quick: Size
-    study: Callable[[Lab, Size], tuple[list[Part], Plot]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of a claim."""
-
-    claim: Claim
-    size: Size
-    verdict: Answer
-    parts: tuple[Judged, ...]
-    rows: tuple[Row, ...]
-    plot: Plot
-    gave_up: str
-
-    @property
-    def seconds(self) -> float:
-        """Of all its runs, each on one thread; what the store held already counts as well."""
-        return sum(row.seconds for row in self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """What programs read: rows, pairs, verdict."""
-        about = ("name", "statement", "literature", "setting", "margin")
-        return {
-            **{name: getattr(self.claim, name) for name in about},
-            "verdict": self.verdict,
-            "size": dataclasses.asdict(self.size),
-            "gave_up": self.gave_up,
-            "note": self.plot.note,
-            "seconds": self.seconds,
-            "pairs": [
-                {
-                    **dataclasses.asdict(j.comparison),
-                    "unit": j.part.unit,
-                    "factor": j.part.factor,
-                    "expects": list(j.part.expects),
-                    "decision": j.decision,
-                    "answer": j.answer,
-                    "sentence": j.sentence,
-                }
-                for j in self.parts
-            ],
-            "rows": [row.to_json() for row in self.rows],
-        }
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All claims asked for, those that the data cannot serve, and how the answers were got."""
-
-    findings: tuple[Finding, ...]
-    left: dict[str, str]
-    provenance: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """What programs read."""
-        return {
-            "claims": [f.to_json() for f in self.findings],
-            "left": self.left,
-            "provenance": self.provenance,
-        }
 
 
 @dataclass
@@ -173,7 +90,9 @@ class Lab:
     classes: int
     rows: list[Row] = field(default_factory=list)
 
-    def run(self, arms: Sequence[Arm], size: Size, *, alone: bool = False) -> dict[str, list[Row]]:
+    def run(
+        self, arms: Sequence[Arm], size: StudySize, *, alone: bool = False
+    ) -> dict[str, list[Row]]:
         """Each arm's judged rows, by seed; ``alone`` is one run at a time, for what takes time."""
         trials = [a.trial(s, a.config.lr, size) for a in arms for s in range(size.seeds)]
         self.runner.expect(len(trials))
@@ -186,7 +105,7 @@ class Lab:
         self.rows += rows
         return {a.label: [r for r in rows if r.variant == a.label] for a in arms}
 
-    def tuned(self, arms: Sequence[Arm], size: Size, rates: Sequence[float]) -> list[Arm]:
+    def tuned(self, arms: Sequence[Arm], size: StudySize, rates: Sequence[float]) -> list[Arm]:
         """Each arm at its rate of least mean validation loss over tuning seeds of their own."""
         seeds = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + size.tuning)
         trials = [a.trial(s, r, size, "tuning") for a in arms for r in rates for s in seeds]
@@ -200,9 +119,41 @@ class Lab:
         ]
 
 
-def judge(parts: Sequence[Part]) -> tuple[Judged, ...]:
+@dataclass(frozen=True)
+class Claim:
+    """What people say, who said it with which number, why the margins, and the study.
+
+    ``needs_images`` is of those whose models are convolutional.
+    """
+
+    name: str
+    statement: str
+    literature: str
+    setting: str
+    margin: str
+    full: StudySize
+    quick: StudySize
+    study: Callable[[Lab, StudySize], tuple[list[Part], Plot]]
+    needs_images: bool = False
+
+
+# What is answered ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A part with its statistics, in the part's own unit before ``factor``."""
+
+    part: Part
+    comparison: Comparison
+    decision: Decision
+    answer: Answer
+    sentence: str
+
+
+def judge_parts(parts: Sequence[Part]) -> tuple[Judged, ...]:
     """Compare all parts as one family, each in units of its own margin."""
-    scores: dict[str, Scores] = {}
+    scores: dict[str, SeedScores] = {}
     for i, p in enumerate(parts):
         scores[f"{i}a"] = [v / p.margin for v in p.scores_a]
         scores[f"{i}b"] = [v / p.margin for v in p.scores_b]
@@ -248,13 +199,73 @@ def answer_of(answers: Sequence[Answer]) -> Answer:
     return "supported" if answers and set(answers) == {"supported"} else "cannot tell"
 
 
-def given_up(claim: Claim, size: Size) -> str:
+def given_up(claim: Claim, size: StudySize) -> str:
     """What ``size`` leaves out of the claim's full study."""
     full = claim.full
-    told = [
+    fewer = [
         f"{getattr(size, name)} {name} instead of {getattr(full, name)}"
         for name in ("seeds", "examples", "epochs")
         if getattr(size, name) < getattr(full, name)
     ]
     left = [f"{v:g}" for v in full.values if v not in size.values]
-    return "; ".join(told + ([f"left out: {', '.join(left)}"] if left else []))
+    return "; ".join(fewer + ([f"left out: {', '.join(left)}"] if left else []))
+
+
+@dataclass(frozen=True)
+class ClaimFinding:
+    """What came of a claim."""
+
+    claim: Claim
+    size: StudySize
+    verdict: Answer
+    parts: tuple[Judged, ...]
+    rows: tuple[Row, ...]
+    plot: Plot
+    gave_up: str
+
+    @property
+    def seconds(self) -> float:
+        """Of all its runs, each on one thread; what the store held already counts as well."""
+        return sum(row.seconds for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """What programs read: rows, pairs, verdict."""
+        about = ("name", "statement", "literature", "setting", "margin")
+        return {
+            **{name: getattr(self.claim, name) for name in about},
+            "verdict": self.verdict,
+            "size": dataclasses.asdict(self.size),
+            "gave_up": self.gave_up,
+            "note": self.plot.note,
+            "seconds": self.seconds,
+            "pairs": [
+                {
+                    **dataclasses.asdict(j.comparison),
+                    "unit": j.part.unit,
+                    "factor": j.part.factor,
+                    "expects": list(j.part.expects),
+                    "decision": j.decision,
+                    "answer": j.answer,
+                    "sentence": j.sentence,
+                }
+                for j in self.parts
+            ],
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All claims asked for, those that the data cannot serve, and how the answers were got."""
+
+    findings: tuple[ClaimFinding, ...]
+    left: dict[str, str]
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What programs read."""
+        return {
+            "claims": [f.to_json() for f in self.findings],
+            "left": self.left,
+            "provenance": self.provenance,
+        }

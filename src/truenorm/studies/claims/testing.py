@@ -10,19 +10,19 @@ from typing import Any
 from truenorm.data import sources
 from truenorm.errors import InputError, choose
 from truenorm.provenance import environment
-from truenorm.studies.claims.catalogue import CLAIMS, ON_IMAGES
+from truenorm.studies.claims.catalogue import CLAIMS
 from truenorm.studies.claims.claim import (
     Claim,
-    Finding,
+    ClaimFinding,
     Findings,
     Lab,
-    Size,
+    StudySize,
     answer_of,
     given_up,
-    judge,
+    judge_parts,
 )
 from truenorm.studies.plan import TUNING_SEEDS_FROM
-from truenorm.studies.runner import Observer, runner_of
+from truenorm.studies.runner import StudyObserver, runner_of
 
 
 def claims(
@@ -35,9 +35,9 @@ def claims(
     processes: int | None = None,
     store: Path | str | None = None,
     retry: bool = False,
-    observe: Observer | None = None,
-    found: Callable[[Finding], None] | None = None,
-    sizes: Mapping[str, Size] | None = None,
+    observe: StudyObserver | None = None,
+    found: Callable[[ClaimFinding], None] | None = None,
+    sizes: Mapping[str, StudySize] | None = None,
 ) -> Findings:
     """Put claims to the test and say of each: supported, refuted, or cannot tell.
 
@@ -61,8 +61,8 @@ def claims(
     uncut = sources.uncut(data, target=target)
     splits = uncut.cut(0)
     asked = {name: CLAIMS[name] for name in names or CLAIMS}
-    left = {name: reason for name, claim in asked.items()
-            if (reason := _unfit(claim, splits.input_shape))}  # fmt: skip
+    unfit = {name: _unfit(claim, splits.input_shape) for name, claim in asked.items()}
+    left = {name: reason for name, reason in unfit.items() if reason}
     if names and left:
         name, reason = next(iter(left.items()))
         raise InputError(f"{splits.train.name}: {name} {reason}; leave it out.")
@@ -77,7 +77,7 @@ def claims(
             if seeds is not None:
                 size = dataclasses.replace(size, seeds=seeds)
             size = dataclasses.replace(size, examples=min(size.examples, len(splits.train)))
-            finding = judged_of(claim, Lab(runner, len(splits.classes)), size)
+            finding = _finding_of(claim, Lab(runner, len(splits.classes)), size)
             findings.append(finding)
             if found is not None:
                 found(finding)
@@ -92,16 +92,16 @@ def claims(
 
 def _unfit(claim: Claim, shape: tuple[int, ...]) -> str:
     """Why examples of ``shape`` cannot serve, or nothing."""
-    if claim.name in ON_IMAGES and len(shape) < 3:
+    if claim.needs_images and len(shape) < 3:
         return f"needs images, got rows of {shape[0]} numbers"
     return ""
 
 
-def judged_of(claim: Claim, lab: Lab, size: Size) -> Finding:
+def _finding_of(claim: Claim, lab: Lab, size: StudySize) -> ClaimFinding:
     """Run a claim's study and judge it."""
     parts, plot = claim.study(lab, size)
-    judged = judge(parts)
-    return Finding(
+    judged = judge_parts(parts)
+    return ClaimFinding(
         claim,
         size,
         answer_of([j.answer for j in judged]),

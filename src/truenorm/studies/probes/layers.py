@@ -21,7 +21,7 @@ WEIGHTED = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 State = dict[str, Tensor]  # parameters by name, without gradient
 
 
-class Layer(NamedTuple):
+class WeightedLayer(NamedTuple):
     """A linear layer, convolution or attention.
 
     Attributes:
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
 
 @torch.no_grad()
-def layers_of(model: nn.Module, x: Tensor) -> list[Layer]:
+def layers_of(model: nn.Module, x: Tensor) -> list[WeightedLayer]:
     """The layers in the order in which a forward of ``x`` (in eval mode) first calls them.
 
     A parameter belongs to the module that was called and owns it, itself or through parts that
@@ -61,7 +61,7 @@ def layers_of(model: nn.Module, x: Tensor) -> list[Layer]:
     owners = {name: _owner(name, called) for name, _ in model.named_parameters()}
     matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
     return [
-        Layer(
+        WeightedLayer(
             name,
             model.get_submodule(name),
             tuple(p for p, owner in owners.items() if owner == name and p in matrices),
@@ -132,7 +132,7 @@ class Spread(NamedTuple):
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, layers: list[Layer], x: Tensor) -> list[Spread]:
+def inputs_of(model: nn.Module, layers: list[WeightedLayer], x: Tensor) -> list[Spread]:
     """What each layer but the first is given when ``x`` passes, over examples and positions.
 
     The first is given the data, which do not move. Norms use the statistics of ``x`` itself, as

@@ -81,7 +81,7 @@ def stream(stepper: Stepper) -> Tensor:
 
 def _online(model: nn.Module, splits: Splits, config: TrainConfig) -> dict[str, float]:
     stepper = Stepper(model, splits, dataclasses.replace(config, batch_size=1, epochs=1))
-    held = test = UNDEFINED
+    streamed = test = UNDEFINED
     diverged = undefined = 0.0
     try:
         logits = stream(stepper)
@@ -94,11 +94,11 @@ def _online(model: nn.Module, splits: Splits, config: TrainConfig) -> dict[str, 
     if not (diverged or undefined):
         order, _ = stepper.order(1)
         half = stepper.steps // 2
-        held = score(logits[half:], splits.train.take(order[half:]))
+        streamed = score(logits[half:], splits.train.take(order[half:]))
         test = scores_of(model, splits, splits.test)
     return {
-        "online_accuracy": held.accuracy,
-        "online_loss": held.loss,
+        "online_accuracy": streamed.accuracy,
+        "online_loss": streamed.loss,
         "test_accuracy": test.accuracy,
         "diverged": diverged,
         "undefined": undefined,

@@ -1,4 +1,4 @@
-"""Training a step at a time, so that a probe can look between the steps."""
+"""What probes begin and end with: threads and generators, the model as built, its scores."""
 
 from __future__ import annotations
 

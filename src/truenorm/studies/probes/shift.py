@@ -19,9 +19,9 @@ from truenorm.data.datasets import Splits
 from truenorm.layers.settling import chosen, settle
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.layers import (
-    Layer,
     Spread,
     State,
+    WeightedLayer,
     gradients,
     inputs_of,
     layers_of,
@@ -128,7 +128,9 @@ def _moves(spreads: list[list[Spread]]) -> list[float]:
     return [a.moved(b) for was, now in pairs for a, b in zip(was, now, strict=True)]
 
 
-def _step(stepper: Stepper, layers: list[Layer], before: State, batch: Batch) -> dict[str, float]:
+def _step(
+    stepper: Stepper, layers: list[WeightedLayer], before: State, batch: Batch
+) -> dict[str, float]:
     """All figures of one step, from ``before`` to the model as it is now."""
     model, smoothing = stepper.model, stepper.config.label_smoothing
     with without_dropout(model):
@@ -146,7 +148,7 @@ def _means(steps: list[dict[str, float]], names: tuple[str, ...]) -> dict[str, f
 
 def shifts(
     model: nn.Module,
-    layers: list[Layer],
+    layers: list[WeightedLayer],
     before: State,
     after: State,
     batch: Batch,
@@ -162,12 +164,12 @@ def shifts(
     """
     names = tuple(name for layer in layers for name in layer.weights)
     _, now = gradients(model, before, batch, names, smoothing)
-    held = dict(zip(names, now, strict=True))
+    here = dict(zip(names, now, strict=True))
     found = []
     for layer in layers:
         mixed = {name: (after if name in layer.before else before)[name] for name in before}
         _, then = gradients(model, mixed, batch, layer.weights, smoothing)
-        found.append(_compared(_flat([held[name] for name in layer.weights]), _flat(then)))
+        found.append(_compared(_flat([here[name] for name in layer.weights]), _flat(then)))
     return found
 
 
