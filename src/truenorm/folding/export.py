@@ -29,9 +29,8 @@ from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.files import write_atomically
 from truenorm.folding.fold import Folded, fold
-from truenorm.folding.modules import RawInput
+from truenorm.folding.modules import RawInput, dtype_of
 from truenorm.folding.proof import distance
-from truenorm.folding.refold import dtype_of
 from truenorm.folding.subject import as_arguments, seeded
 
 Format = Literal["onnx", "pt2"]
@@ -128,19 +127,23 @@ def export(
     whole = model if scaling is None else RawInput(model, scaling.shift, scaling.scale)
     folded = fold(model, kwargs if kwargs else args, scaling=scaling) if fold_norms else None
     ready = whole if folded is None else folded.model
-    told = {**(about or {}), "version": metadata.version("truenorm"), "torch": torch.__version__}
+    described = {
+        **(about or {}),
+        "version": metadata.version("truenorm"),
+        "torch": torch.__version__,
+    }
     if scaling is not None:
-        told["scaling"] = scaling.to_json()
+        described["scaling"] = scaling.to_json()
     proof: dict[str, Any] = {}
 
     def write(beside: Path) -> None:
         with _quiet():
-            _WRITERS[chosen](ready, (args, kwargs), size, beside, told)
+            _WRITERS[chosen](ready, (args, kwargs), size, beside, described)
             run = _READERS[chosen](beside).run
         proof["error"], proof["batch"] = _proved(run, whole, (args, kwargs), size)
 
     write_atomically(path, write)
-    return Exported(path, chosen, proof["error"], proof["batch"], folded, told)
+    return Exported(path, chosen, proof["error"], proof["batch"], folded, described)
 
 
 def load_program(path: Path | str) -> Program:

@@ -16,6 +16,7 @@ from truenorm.errors import InputError
 from truenorm.folding.plan import planned
 from truenorm.folding.subject import Subject
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.ranks import distributed
 
 
 def not_foldable(facts: Facts) -> Iterator[Found]:
@@ -93,7 +94,7 @@ ONE_PROCESS = (
 
 def _ranks(model: nn.Module) -> int:
     """Processes that train together: of the wrapper's group, else of all."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return 1
     wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     sizes = [dist.get_world_size(m.process_group) for m in wrappers]
