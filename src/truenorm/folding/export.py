@@ -101,13 +101,13 @@ def export(
 
     Args:
         model: any model that ``torch.export`` can trace; it is not changed.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. Tensors
-            whose first axis is as long as the first tensor's have a dynamic batch there.
+        example_inputs: as :func:`truenorm.fold` takes them. Tensors whose first axis is as long as
+            the first tensor's have a dynamic batch there.
         path: the file; one that exists is replaced once the new one is proved.
         format: "onnx" or "pt2"; by default what the suffix of ``path`` says.
         fold_norms: fold batch norms first (see :func:`truenorm.fold`).
-        scaling: of the model's first argument, to be part of the file, which then takes raw
-            inputs, and so must ``example_inputs`` be.
+        scaling: as :func:`truenorm.fold` takes it; it is part of the file even where nothing is
+            folded.
         about: metadata for the file: plain values, as classes; ``scaling`` joins them.
 
     Returns:
