@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import reference
 import truenorm as tn
 from truenorm.layers.functional import ACTIVATIONS
+from truenorm.layers.running import RunningStatistics
 
 PAIRS = {
     1: (nn.BatchNorm1d, tn.BatchNorm1d),
@@ -795,3 +796,19 @@ def test_an_empty_batch_gives_an_empty_output_and_moves_nothing():
     assert y.shape == (0, 3, 4, 4)
     assert layer.num_batches_tracked == 0
     assert torch.equal(layer.running_var, torch.ones(3))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_it_is_an_instance_of_torchs_class_and_of_its_statistics(axes):
+    torchs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[axes - 1]
+    for layer in (getattr(tn, f"BatchNorm{axes}d")(3), getattr(tn, f"LazyBatchNorm{axes}d")()):
+        assert isinstance(layer, torchs)
+        assert isinstance(layer, RunningStatistics)
+
+
+def test_a_pickle_of_the_layer_holds_these_names():
+    """Old pickles of whole models hold them, so they cannot be renamed."""
+    layer = tn.BatchNorm2d(3).half()
+    own = vars(layer).keys() - vars(nn.BatchNorm2d(3)).keys()
+    assert own == {"_options", "_pending", "_told", "_direct", "_least", "_narrow"}
+    assert layer._buffers.keys() - nn.BatchNorm2d(3)._buffers.keys() == {"_skipped"}

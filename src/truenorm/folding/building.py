@@ -11,12 +11,12 @@ from torch import nn
 
 from truenorm.folding.affine import Affine, rounded
 from truenorm.folding.modules import RawInput, ScaleShift, Shifted
-from truenorm.folding.plan import Part, Target
+from truenorm.folding.plan import ChangeSet, Destination
 from truenorm.folding.refold import refold
 from truenorm.folding.subject import INPUT, Subject
 
 
-def plan_of(subject: Subject, parts: Iterable[Part]) -> dict[str, Any]:
+def plan_of(subject: Subject, parts: Iterable[ChangeSet]) -> dict[str, Any]:
     """The structure of a folded model, in plain values."""
     norms: dict[str, list[Any]] = {}
     biases, shifted, raw = [], [], None
@@ -33,38 +33,38 @@ def plan_of(subject: Subject, parts: Iterable[Part]) -> dict[str, Any]:
                 continue
             kind = "scale and shift" if form == "scale and shift" else "gone"
             norms[name] = [kind, norm.after, norm.activation]
-        for target in part.targets:
-            made = target.folded()
-            if target.weights.bias is None and made.bias is not None:
-                biases.append(target.weights.owner)
+        for destination in part.destinations:
+            made = destination.folded()
+            if destination.weights.bias is None and made.bias is not None:
+                biases.append(destination.weights.owner)
             if made.border is not None:
-                shifted.append(target.weights.owner)
+                shifted.append(destination.weights.owner)
     if scaling is not None:
         raw = [None, None] if folded else list(scaling.to_json().values())
     return {"norms": norms, "biases": biases, "shifted": shifted, "raw": raw}
 
 
-def built(subject: Subject, parts: list[Part], dtype: torch.dtype | None = None) -> nn.Module:
+def built(subject: Subject, parts: list[ChangeSet], dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the model with ``parts`` folded; in ``dtype`` if one is given."""
     plan = plan_of(subject, parts)
     model = copy.deepcopy(subject.model)
     if dtype is not None:
         model = model.to(dtype)
-    targets = [target for part in parts for target in part.targets]
-    weights = {t.weights.weight: model.get_submodule(t.weights.owner) for t in targets}
+    destinations = [destination for part in parts for destination in part.destinations]
+    weights = {t.weights.weight: model.get_submodule(t.weights.owner) for t in destinations}
     model = refold(model, plan)
     inner = model.model if isinstance(model, RawInput) else model
     with torch.no_grad():
-        for target in targets:
-            _write(inner, target, weights[target.weights.weight])
+        for destination in destinations:
+            _write(inner, destination, weights[destination.weights.weight])
         for part in parts:
             for name, affine in part.alone.items():
                 fill(_scale_shift(inner.get_submodule(name)), affine)
     return model
 
 
-def _write(model: nn.Module, target: Target, owner: nn.Module) -> None:
-    made, weights = target.folded(), target.weights
+def _write(model: nn.Module, destination: Destination, owner: nn.Module) -> None:
+    made, weights = destination.folded(), destination.weights
     attribute = weights.weight.rpartition(".")[2]
     weight = getattr(owner, attribute)
     weight.data.copy_(rounded(made.weight, weight.dtype))

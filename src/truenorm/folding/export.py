@@ -29,9 +29,8 @@ from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.files import write_atomically
 from truenorm.folding.fold import Folded, fold
-from truenorm.folding.modules import RawInput
+from truenorm.folding.modules import RawInput, dtype_of
 from truenorm.folding.proof import distance
-from truenorm.folding.refold import dtype_of
 from truenorm.folding.subject import as_arguments, seeded
 
 Format = Literal["onnx", "pt2"]
@@ -102,13 +101,13 @@ def export(
 
     Args:
         model: any model that ``torch.export`` can trace; it is not changed.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. Tensors
-            whose first axis is as long as the first tensor's have a dynamic batch there.
+        example_inputs: as :func:`truenorm.fold` takes them. Tensors whose first axis is as long as
+            the first tensor's have a dynamic batch there.
         path: the file; one that exists is replaced once the new one is proved.
         format: "onnx" or "pt2"; by default what the suffix of ``path`` says.
         fold_norms: fold batch norms first (see :func:`truenorm.fold`).
-        scaling: of the model's first argument, to be part of the file, which then takes raw
-            inputs, and so must ``example_inputs`` be.
+        scaling: as :func:`truenorm.fold` takes it; it is part of the file even where nothing is
+            folded.
         about: metadata for the file: plain values, as classes; ``scaling`` joins them.
 
     Returns:
@@ -128,19 +127,23 @@ def export(
     whole = model if scaling is None else RawInput(model, scaling.shift, scaling.scale)
     folded = fold(model, kwargs if kwargs else args, scaling=scaling) if fold_norms else None
     ready = whole if folded is None else folded.model
-    told = {**(about or {}), "version": metadata.version("truenorm"), "torch": torch.__version__}
+    described = {
+        **(about or {}),
+        "version": metadata.version("truenorm"),
+        "torch": torch.__version__,
+    }
     if scaling is not None:
-        told["scaling"] = scaling.to_json()
+        described["scaling"] = scaling.to_json()
     proof: dict[str, Any] = {}
 
     def write(beside: Path) -> None:
         with _quiet():
-            _WRITERS[chosen](ready, (args, kwargs), size, beside, told)
+            _WRITERS[chosen](ready, (args, kwargs), size, beside, described)
             run = _READERS[chosen](beside).run
         proof["error"], proof["batch"] = _proved(run, whole, (args, kwargs), size)
 
     write_atomically(path, write)
-    return Exported(path, chosen, proof["error"], proof["batch"], folded, told)
+    return Exported(path, chosen, proof["error"], proof["batch"], folded, described)
 
 
 def load_program(path: Path | str) -> Program:

@@ -1,11 +1,11 @@
-"""Fold batch norm into the weights beside it, for inference; each pair proved, the rest told.
+"""Fold batch norm into the weights beside it, for inference; each pair proved, each rest explained.
 
 1. Observe one forward (``flow``), in which tensors show how they really flow; see which norms are
    fixed affine maps in it (``subject``).
 2. Find for each what it can vanish into, or why it must stay (``wiring``, ``plan``).
 3. Compute the new weights in float64 (``affine``), and prove each pair on the inputs that its
    operation got and on random ones (``proof``).
-4. Write them into a copy (``writing``), and compare it with the original from end to end, in the
+4. Write them into a copy (``building``), and compare it with the original from end to end, in the
    model's dtype and in float64. What fails is undone.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from truenorm.data.datasets import Scaling
 from truenorm.folding.building import built, plan_of
-from truenorm.folding.plan import Form, Part, planned
+from truenorm.folding.plan import ChangeSet, Form, planned
 from truenorm.folding.proof import Whole, prove, sifted
 from truenorm.folding.subject import Subject
 
@@ -109,15 +109,15 @@ def fold(model: nn.Module, example_inputs: Any, *, scaling: Scaling | None = Non
     error, exact, _, _ = whole.errors(sound)
     return Folded(
         built(subject, sound),
-        *_told(subject, parts, sound, left),
+        *_outcome(subject, parts, sound, left),
         error,
         exact,
         plan_of(subject, sound),
     )
 
 
-def _told(
-    subject: Subject, parts: list[Part], sound: list[Part], left: dict[str, str]
+def _outcome(
+    subject: Subject, parts: list[ChangeSet], sound: list[ChangeSet], left: dict[str, str]
 ) -> tuple[tuple[Pair, ...], tuple[Left, ...]]:
     """Pairs and what was left, in the order of ``named_modules()``."""
     order = {name: i for i, (name, _) in enumerate(subject.model.named_modules())}

@@ -67,11 +67,11 @@ class RawInput(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
-        self._dtype = _first_dtype(model)  # parameters() takes longer than a small model
+        self._dtype = parameter_dtype(model)  # parameters() takes longer than a small model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._dtype = _first_dtype(self.model)
+        self._dtype = parameter_dtype(self.model)
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +84,18 @@ class RawInput(nn.Module):
         return self.model(x, *args, **kwargs)
 
 
-def _first_dtype(model: nn.Module) -> torch.dtype:
+def parameter_dtype(model: nn.Module) -> torch.dtype:
+    """The type of the first parameter, of any kind: that of the inputs the model expects."""
     return next((parameter.dtype for parameter in model.parameters()), torch.float32)
+
+
+def dtype_of(*models: nn.Module) -> torch.dtype:
+    """The type of the first real parameter or buffer of the first model that has one."""
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
 
 
 class Shifted(nn.Module):

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from truenorm.calling.flow import Node
 from truenorm.data.datasets import Scaling
 from truenorm.folding.affine import Affine, Weighted
 from truenorm.folding.subject import INPUT, Norm, Subject
-from truenorm.folding.wiring import Neighbour, Partner, Refused, Weights, Wiring
+from truenorm.folding.wiring import Neighbour, Partner, Refused, Weights, Wiring, parameter_of
 
 Form = Literal["into producer", "into consumer", "into norm", "scale and shift"]
 
 
 @dataclass
-class Target:
+class Destination:
     """Weights that take norms up."""
 
     weights: Weights
@@ -40,11 +40,11 @@ class Target:
 
 
 @dataclass
-class Part:
+class ChangeSet:
     """Changes that stand or fall together."""
 
     norms: dict[str, tuple[str, Form]] = field(default_factory=dict)  # what into, and how
-    targets: list[Target] = field(default_factory=list)
+    destinations: list[Destination] = field(default_factory=list)
     alone: dict[str, Affine] = field(default_factory=dict)  # as a scale and shift
     error: float = 0.0
     unfolded: float = 0.0
@@ -58,7 +58,7 @@ class _Planner:
         self.subject = subject
         self.wiring = Wiring(subject.model, subject.flow, subject.norms)
         self.affines = {name: norm.affine for name, norm in subject.norms.items()}
-        self.targets: dict[str, Target] = {}
+        self.destinations: dict[str, Destination] = {}
         self.fates: dict[str, tuple[list[str], str, Form]] = {}  # what it meets, into, how
         self.left = dict(subject.left)
         self.merged: set[str] = set()
@@ -85,8 +85,8 @@ class _Planner:
             self.fates[name] = ([], name, "scale and shift")
 
     def _into_producer(self, norm: Norm, partner: Partner) -> None:
-        target = self._target(partner.weights)
-        target.after.append(self.affines[norm.name].of_channels(partner.channels))
+        destination = self._destination(partner.weights)
+        destination.after.append(self.affines[norm.name].of_channels(partner.channels))
         if norm.bare:
             self.wiring.absorbed.add(norm.name)
         weight = partner.weights.weight
@@ -101,8 +101,8 @@ class _Planner:
         affine = self.affines[name]
         for one in found:
             if isinstance(one, Partner):
-                target = self._target(one.weights)
-                target.before = affine.of_channels(one.channels)
+                destination = self._destination(one.weights)
+                destination.before = affine.of_channels(one.channels)
             else:
                 first = affine.of_channels(one.channels)
                 self.affines[one.norm] = self.affines[one.norm].after(first)
@@ -116,7 +116,10 @@ class _Planner:
 
     def _unfit(self, weights: Weights) -> str | None:
         """Why a weighted operation cannot take up what is before it."""
-        if weights.weight in self.targets and self.targets[weights.weight].before is not None:
+        if (
+            weights.weight in self.destinations
+            and self.destinations[weights.weight].before is not None
+        ):
             return f"{weights.owner} has taken up another norm"
         if not _padded(self.subject.flow.nodes[weights.node], weights):
             return None
@@ -126,13 +129,13 @@ class _Planner:
             return None
         return f"zeros pad the input of {weights.owner}, which is no plain convolution"
 
-    def _target(self, weights: Weights) -> Target:
-        if weights.weight in self.targets:
-            return self.targets[weights.weight]
+    def _destination(self, weights: Weights) -> Destination:
+        if weights.weight in self.destinations:
+            return self.destinations[weights.weight]
         flow, model = self.subject.flow, self.subject.model
         node = flow.nodes[weights.node]
         given = flow.nodes[node.inputs[0]]
-        weight = held(model, weights.weight)
+        weight = parameter_of(model, weights.weight)
         linear = weights.op == "linear"
         axes = [
             len(n.shape) - 1 if linear else len(n.shape) - weight.ndim + 1 for n in (given, node)
@@ -144,11 +147,11 @@ class _Planner:
                 if weights.transposed
                 else given.shape[axes[0]] // weight.shape[1]
             )
-        bias = None if weights.bias is None else held(model, weights.bias).detach().double()
+        bias = None if weights.bias is None else parameter_of(model, weights.bias).detach().double()
         base = Weighted(weight.detach().double(), bias, weights.transposed, groups)
-        target = Target(weights, base, _padded(node, weights), axes[0], axes[1])
-        self.targets[weights.weight] = target
-        return target
+        destination = Destination(weights, base, _padded(node, weights), axes[0], axes[1])
+        self.destinations[weights.weight] = destination
+        return destination
 
     def input_scaling(self) -> None:
         """Fold the scaling of the model's first argument into whatever takes it."""
@@ -169,13 +172,13 @@ class _Planner:
             "the model's input is not taken by weights alone"
         )  # fmt: skip
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ChangeSet]:
         """The decisions, those that touch the same weights together."""
-        home: dict[str, Part] = {}
-        parts: list[Part] = []
+        home: dict[str, ChangeSet] = {}
+        parts: list[ChangeSet] = []
         for name, (meets, into, form) in self.fates.items():
             joined = {id(home[key]): home[key] for key in (name, *meets) if key in home}
-            part = next(iter(joined.values()), None) or Part()
+            part = next(iter(joined.values()), None) or ChangeSet()
             if id(part) not in joined:
                 parts.append(part)
             for other in list(joined.values())[1:]:
@@ -184,15 +187,15 @@ class _Planner:
                 home |= {key: part for key, where in home.items() if where is other}
             part.norms[name] = (into, form)
             home |= dict.fromkeys((name, *meets), part)
-        for weight, target in self.targets.items():
-            home[weight].targets.append(target)
+        for weight, destination in self.destinations.items():
+            home[weight].destinations.append(destination)
         for name, (_, _, form) in self.fates.items():
             if form == "scale and shift":
                 home[name].alone[name] = self.affines[name]
         return parts
 
 
-def planned(subject: Subject) -> tuple[list[Part], dict[str, str]]:
+def planned(subject: Subject) -> tuple[list[ChangeSet], dict[str, str]]:
     """All changes, and the norms that stay with the reasons."""
     planner = _Planner(subject)
     planner.input_scaling()
@@ -226,11 +229,3 @@ def _as_affine(scaling: Scaling, shape: tuple[int, ...]) -> Affine | None:
     except RuntimeError:  # it has a value for each position
         return None
     return Affine(scale, -offset * scale)
-
-
-def held(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of a dotted name."""
-    owner, _, attribute = name.rpartition(".")
-    found = getattr(model.get_submodule(owner), attribute)
-    assert isinstance(found, Tensor)
-    return found

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from truenorm.calling.nested import mapped, tensors_in
 from truenorm.folding.affine import Affine, Weighted, rounded
 from truenorm.folding.building import built, fill
-from truenorm.folding.modules import ScaleShift, share_of_shift
-from truenorm.folding.plan import Part, Target, held
-from truenorm.folding.refold import dtype_of
+from truenorm.folding.modules import ScaleShift, dtype_of, share_of_shift
+from truenorm.folding.plan import ChangeSet, Destination
 from truenorm.folding.subject import Subject, in_double, seeded
+from truenorm.folding.wiring import parameter_of
 
 # Largest error of an output over the largest output. Beyond it a fold passes if it errs no more
 # than four times as much as the model that was not folded: both round, at different places.
@@ -34,26 +34,27 @@ _PROVED_ON = 2  # examples of the inputs that a pair is proved on: float64 convo
 class _Prover(TorchFunctionMode):
     """While the original runs, compares each operation and its norms with what replaces them."""
 
-    def __init__(self, subject: Subject, parts: list[Part]) -> None:
+    def __init__(self, subject: Subject, parts: list[ChangeSet]) -> None:
         super().__init__()
         self.subject = subject
         self._wanted = {
-            id(held(subject.model, target.weights.weight)): (target, part)
+            id(parameter_of(subject.model, destination.weights.weight)): (destination, part)
             for part in parts
-            for target in part.targets
+            for destination in part.destinations
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        target, part = self._wanted.get(id(weight), (None, None))
-        if target is not None and part is not None:
+        destination, part = self._wanted.get(id(weight), (None, None))
+        if destination is not None and part is not None:
             x = kwargs.get("input", args[0] if args else None)
             rest = args[3:]
             named = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
             run = _Operation(func, rest, named)
-            x = x if target.outputs == 0 else x[:_PROVED_ON]  # one example without a batch axis
-            for error, unfolded in _errors(target, run, x, weight.dtype, self.subject.model):
+            unbatched = destination.outputs == 0  # one example without a batch axis
+            x = x if unbatched else x[:_PROVED_ON]
+            for error, unfolded in _errors(destination, run, x, weight.dtype, self.subject.model):
                 part.error, part.unfolded = max(part.error, error), max(part.unfolded, unfolded)
         return func(*args, **kwargs)
 
@@ -70,33 +71,33 @@ class _Operation(NamedTuple):
 
 
 def _errors(
-    target: Target, run: _Operation, x: Tensor, dtype: torch.dtype, model: nn.Module
+    destination: Destination, run: _Operation, x: Tensor, dtype: torch.dtype, model: nn.Module
 ) -> Iterator[tuple[float, float]]:
     """Error of the folded and of the unfolded operations, on two inputs."""
-    before, base, axis = target.before, target.base, target.outputs
+    before, base, axis = destination.before, destination.base, destination.outputs
     taken = x.double()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(taken.shape, generator=generator, dtype=torch.float64).to(taken.device)
     if before is not None:  # what the norm got, where that can be told from what it gave
         view = [1] * x.ndim
-        view[target.inputs] = -1
+        view[destination.inputs] = -1
         scale, shift = before.scale.view(view), before.shift.view(view)
         undone = (taken - shift) / torch.where(scale == 0, 1.0, scale)
         taken = torch.where(scale == 0, noise, undone)
     spread = float(taken.std()) if taken.numel() > 1 else 1.0
-    conv = model.get_submodule(target.weights.owner) if target.padded else None
+    conv = model.get_submodule(destination.weights.owner) if destination.padded else None
 
     def whole(u: Tensor, kind: torch.dtype) -> Tensor:
         """The operations as they were."""
         u = u.to(kind)
-        u = u if before is None else before.along(u, target.inputs)
+        u = u if before is None else before.along(u, destination.inputs)
         y = run(u, _in(base, kind))
-        for affine in target.after:
+        for affine in destination.after:
             y = affine.along(y, axis)
         return y.double()
 
     def folded(u: Tensor, kind: torch.dtype) -> Tensor:
-        new = _in(target.folded(), kind)
+        new = _in(destination.folded(), kind)
         y = run(u.to(kind), new)
         if new.border is not None:
             ones = torch.ones(1, 1, *u.shape[2:], dtype=kind, device=u.device)
@@ -133,31 +134,31 @@ def distance(exact: Tensor, other: Tensor) -> float:
     return float((a - b).abs().max()) / (size or 1.0)
 
 
-def prove(subject: Subject, parts: list[Part]) -> None:
+def prove(subject: Subject, parts: list[ChangeSet]) -> None:
     """Fill each part's errors, and its fault where they are too large."""
     with _Prover(subject, parts):
         seeded(subject.model, subject.scaled(subject.args), subject.kwargs)
     for part in parts:
         for name, affine in part.alone.items():
             _prove_alone(subject, part, name, affine)
-        kinds = [held(subject.model, t.weights.weight).dtype for t in part.targets]
+        kinds = [parameter_of(subject.model, t.weights.weight).dtype for t in part.destinations]
         bound = max((bound_of(kind) for kind in kinds), default=bound_of(dtype_of(subject.model)))
         if not part.error <= max(bound, _SLACK * part.unfolded):
             part.fault = f"the pair's proof failed: error {part.error:.1e}, allowed {bound:.0e}"
 
 
-def _prove_alone(subject: Subject, part: Part, name: str, affine: Affine) -> None:
+def _prove_alone(subject: Subject, part: ChangeSet, name: str, affine: Affine) -> None:
     module = subject.model.get_submodule(name)
-    held: Any = module
+    norm: Any = module
     call = subject.flow.calls_of(name)[0]
     shape = subject.flow.nodes[call.input or 0].shape
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     device = affine.scale.device
-    own = Affine(held.running_var.detach().double().sqrt(), held.running_mean.detach().double())
+    own = Affine(norm.running_var.detach().double().sqrt(), norm.running_mean.detach().double())
     u = own.along(noise.to(device))  # as the norm's own statistics tell
     dtype = dtype_of(module, subject.model)
-    there = ScaleShift(held.running_mean)
+    there = ScaleShift(norm.running_mean)
     fill(there, affine)
     exact = affine.along(u)
     part.error = max(part.error, distance(exact, there.to(dtype)(u.to(dtype))))
@@ -183,7 +184,7 @@ class Whole:
             exact = self._exactly([])
             self.exact = exact if exact[0] is not None else None
 
-    def _exactly(self, parts: list[Part]) -> list[list[Tensor] | None]:
+    def _exactly(self, parts: list[ChangeSet]) -> list[list[Tensor] | None]:
         """The outputs in float64."""
         model = built(self.subject, parts, torch.float64)
         with in_double():
@@ -196,7 +197,7 @@ class Whole:
             return None
         return [t for t in tensors_in(out) if t.is_floating_point()]
 
-    def errors(self, parts: list[Part]) -> tuple[float, float | None, float, float]:
+    def errors(self, parts: list[ChangeSet]) -> tuple[float, float | None, float, float]:
         """From the original; in float64; against float64, and the original's own against it."""
         folded = built(self.subject, parts)
         outs = [self._run(folded, *given) for given in self.inputs]
@@ -218,7 +219,7 @@ class Whole:
             (distance(x.double(), y.double()) for x, y in zip(a, b, strict=True)), default=0.0
         )
 
-    def passes(self, parts: list[Part]) -> bool:
+    def passes(self, parts: list[ChangeSet]) -> bool:
         """Whether the folded model is the original, but for rounding."""
         error, precise, against, own = self.errors(parts)
         if precise is not None and not precise <= _EXACT:
@@ -257,11 +258,11 @@ def _inputs_like(subject: Subject) -> Iterator[tuple[tuple[Any, ...], dict[str, 
         yield mapped(subject.args, other), mapped(subject.kwargs, other)
 
 
-def sifted(whole: Whole, parts: list[Part]) -> list[Part]:
+def sifted(whole: Whole, parts: list[ChangeSet]) -> list[ChangeSet]:
     """The parts that, together, leave the model what it is; halves are tried where all fail."""
-    kept: list[Part] = []
+    kept: list[ChangeSet] = []
 
-    def add(group: list[Part]) -> None:
+    def add(group: list[ChangeSet]) -> None:
         if not group or whole.passes([*kept, *group]):
             kept.extend(group)
         elif len(group) == 1:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truenorm.folding.modules import Cast, Function, RawInput, Remainder, ScaleShift, Shifted
+from truenorm.folding.modules import (
+    Cast,
+    Function,
+    RawInput,
+    Remainder,
+    ScaleShift,
+    Shifted,
+    dtype_of,
+)
 
 
 def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
@@ -68,15 +76,6 @@ def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
             if child is old and parent is not new:
                 parent._modules[key] = new
     return model
-
-
-def dtype_of(*models: nn.Module) -> torch.dtype:
-    """The type of the first real parameter or buffer of the first model that has one."""
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return torch.float32
 
 
 def _tensor(values: Any) -> Tensor | None:

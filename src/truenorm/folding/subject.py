@@ -19,6 +19,7 @@ from truenorm.calling.nested import mapped, tensors_in
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.folding.affine import Affine, of_statistics
+from truenorm.folding.modules import parameter_dtype
 from truenorm.folding.refold import remnant
 from truenorm.folding.wiring import hooks_of
 from truenorm.layers.batch_norm import BatchNorm
@@ -113,7 +114,7 @@ class Subject:
         """The model's own arguments for those given."""
         if self.scaling is None:
             return args
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        dtype = parameter_dtype(self.model)
         x = args[0].to(dtype)
         if self.scaling.shift is not None:
             x = x - self.scaling.shift.to(dtype)
@@ -231,10 +232,10 @@ def _as_norm(
     name: str, module: nn.Module, flow: Flow, given: tuple[Any, dict[str, Any]], out: Any
 ) -> Norm | str:
     """The norm as an affine map and what follows it, or why it is not that."""
-    held: Any = module
-    weight, bias = getattr(held, "weight", None), getattr(held, "bias", None)
-    eps = float(getattr(held, "eps", 1e-5))
-    affine = of_statistics(held.running_mean, held.running_var, weight, bias, eps)
+    norm_module: Any = module
+    weight, bias = getattr(norm_module, "weight", None), getattr(norm_module, "bias", None)
+    eps = float(getattr(norm_module, "eps", 1e-5))
+    affine = of_statistics(norm_module.running_mean, norm_module.running_var, weight, bias, eps)
     named = dict(zip(("input", "mask", "residual"), given[0], strict=False)) | given[1]
     x, residual = next(tensors_in(given)), None
     steps, activation = [], None

@@ -136,7 +136,7 @@ class Wiring:
             return weights
         node = self.flow.nodes[value]
         shape = node.shape
-        axis = _channel_axis(weights, shape, self._parameter(weights.weight).ndim)
+        axis = _channel_axis(weights, shape, parameter_of(self.model, weights.weight).ndim)
         index = _index(shape, axis, chain, 1)
         owner = weights.owner or "(model)"
         if index is None or len(index) != shape[axis] or len(set(index.tolist())) != len(index):
@@ -193,7 +193,7 @@ class Wiring:
             weights = self.weights_of(user)
             if isinstance(weights, Refused):
                 return weights
-            ndim = self._parameter(weights.weight).ndim
+            ndim = parameter_of(self.model, weights.weight).ndim
             given = chain[-1].shape if chain else shape
             index = _index(shape, 1, chain, _channel_axis(weights, given, ndim))
             if index is None:
@@ -224,12 +224,6 @@ class Wiring:
             return Refused(f"{weights.owner or '(model)'} has no place for a bias")
         return weights
 
-    def _parameter(self, name: str) -> Tensor:
-        owner, _, attribute = name.rpartition(".")
-        found = getattr(self.model.get_submodule(owner), attribute)
-        assert isinstance(found, Tensor)
-        return found
-
     def _users(self, value: int) -> list[int | str]:
         users = [self._inside.get(n, n) for n in self.flow.nodes[value].outputs]
         return list(dict.fromkeys(users))
@@ -238,16 +232,16 @@ class Wiring:
         """Why ``value`` must stay what it is, whatever ``user`` makes of it."""
         others = [other for other in self._users(value) if other != user]
         if others:
-            return Refused(f"{self._told(value)} is also used by {self._called(others[0])}")
+            return Refused(f"{self._output_of(value)} is also used by {self._called(others[0])}")
         return self._visible(value)
 
     def _visible(self, value: int) -> Refused | None:
         if value in self.flow.results:
-            return Refused(f"{self._told(value)} is returned by the model")
+            return Refused(f"{self._output_of(value)} is returned by the model")
         if value in self.flow.kept:
-            return Refused(f"{self._told(value)} is kept after the forward")
+            return Refused(f"{self._output_of(value)} is kept after the forward")
         if value in self._hooked:
-            return Refused(f"{self._told(value)} is seen by a hook of {self._hooked[value]}")
+            return Refused(f"{self._output_of(value)} is seen by a hook of {self._hooked[value]}")
         return None
 
     def _seen_by_hooks(self) -> dict[int, str]:
@@ -260,7 +254,7 @@ class Wiring:
             if value is not None
         }
 
-    def _told(self, value: int) -> str:
+    def _output_of(self, value: int) -> str:
         node = self.flow.nodes[value]
         return f"the output of {node.module or node.op}"
 
@@ -269,6 +263,14 @@ class Wiring:
             return user
         node = self.flow.nodes[user]
         return f"{node.op} in {node.module or '(model)'}"
+
+
+def parameter_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a dotted name."""
+    owner, _, attribute = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), attribute)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def hooks_of(module: nn.Module) -> bool:

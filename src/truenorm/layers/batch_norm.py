@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +20,12 @@ from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
 from truenorm.layers.running import (
-    FORGOTTEN,
     NO_GRAPH_TASK,
-    STATISTICS,
-    Forward,
+    RunningStatistics,
     compiling,
     graph_task,
-    move_by_few,
     readable,
     wrapped,
-    writable,
 )
 
 # Looked up once: see BatchNorm.forward.
@@ -52,7 +46,7 @@ class _Option:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
 
 
-class BatchNorm(_BatchNorm):
+class BatchNorm(RunningStatistics):
     """Batch normalization of (N, C, *S), for any number of spatial axes.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, with the batch's own mean and biased
@@ -97,8 +91,6 @@ class BatchNorm(_BatchNorm):
     """
 
     _axes: tuple[int, ...] = ()
-    _skipped: Tensor
-    _narrow: torch.dtype | None = None  # of the statistics, had they not been widened
 
     def __init__(  # noqa: PLR0917  the first arguments are torch's, in its order
         self,
@@ -148,34 +140,17 @@ class BatchNorm(_BatchNorm):
         """
         _refuse(self, options)
         if "_skipped" not in self._buffers:
-            held = self.num_batches_tracked
-            skipped = torch.zeros(
-                (), dtype=torch.int64, device=None if held is None else held.device
-            )
-            self.register_buffer("_skipped", skipped, persistent=False)
-            self._pending: list[Forward] = []
-            self._told = False
-            self._options = Options()
+            self._begin()
         self._widen_statistics(self._buffers)
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
-                self._move_affine(name, frozen=options.frozen)
+                _move_affine(self, name, frozen=options.frozen)
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
             options.frozen or options.commit == "step"
         )
         self._least = options.min_count or 2
-
-    def _move_affine(self, name: str, *, frozen: bool) -> None:
-        held = getattr(self, name)
-        if held is None:
-            return
-        delattr(self, name)
-        if frozen:
-            self.register_buffer(name, held.detach())
-        else:
-            self.register_parameter(name, nn.Parameter(held))
 
     ghost = _Option()
     sync = _Option()
@@ -189,11 +164,6 @@ class BatchNorm(_BatchNorm):
         """All options; :meth:`adopt` changes them, as does setting one of them by its name."""
         return self._options
 
-    @property
-    def skipped_batches(self) -> int:
-        """Batches left out of the running statistics because they were not finite."""
-        return int(self._skipped)
-
     # -- torch's protocol --------------------------------------------------------------------
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -206,56 +176,10 @@ class BatchNorm(_BatchNorm):
                 f"of shape {tuple(input.shape)}. Channels-last data must be permuted to (N, C, *S)."
             )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        if self._narrow is not None:
-            self._narrow = fn(torch.empty(0, dtype=self._narrow, device="cpu")).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._widen_statistics(before)
-        if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
-            self._skipped.zero_()
-        return self
-
-    def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
-        """Take the statistics from ``before`` where they are narrower than float32 now."""
-        for name in STATISTICS:
-            now, was = self._buffers[name], before[name]
-            if now is None or was is None or now.dtype.itemsize >= 4:
-                continue
-            self._narrow = now.dtype
-            if isinstance(now, UninitializedBuffer):
-                self._buffers[name] = UninitializedBuffer(  # type: ignore[call-arg]
-                    dtype=torch.float32, device=now.device
-                )
-            else:
-                self._buffers[name] = was.to(device=now.device, dtype=torch.float32)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._widen_statistics(self._buffers)
-
-    def reset_running_stats(self) -> None:
-        """Forget the running statistics, what is pending and what was skipped; not if frozen."""
-        adopted = "_skipped" in self._buffers  # not while torch's constructor runs
-        if adopted and self._options.frozen:
-            return  # torch.optim.swa_utils.update_bn resets every batch norm it finds
-        super().reset_running_stats()
-        if adopted:
-            self._skipped.zero_()
-            self._pending.clear()
-            self._told = False
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation."""
-        super().train(mode)
-        if not torch.compiler.is_compiling() and not self._skipped.is_meta:
-            self._tell_of_skipped()
-        return self
-
     def extra_repr(self) -> str:
         """What ``print(model)`` shows: torch's line and the options that are set."""
-        told = [f"{name}={value!r}" for name, value in self._options.set().items()]
-        return ", ".join([super().extra_repr(), *told])  # type: ignore[no-untyped-call]
+        options = [f"{name}={value!r}" for name, value in self._options.set().items()]
+        return ", ".join([super().extra_repr(), *options])  # type: ignore[no-untyped-call]
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -282,8 +206,8 @@ class BatchNorm(_BatchNorm):
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
         if own["_direct"] and own["training"] and mask is residual is None and not compiling():
-            held, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
-            mean = held["running_mean"]
+            buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
+            mean = buffers["running_mean"]
             if (
                 type(input) is Tensor
                 and mean is not None
@@ -298,7 +222,7 @@ class BatchNorm(_BatchNorm):
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
-                var, batches = held["running_var"], held["num_batches_tracked"]
+                var, batches = buffers["running_var"], buffers["num_batches_tracked"]
                 before = _cat((mean, var))
                 batches.add_(_ONE)
                 momentum = own["momentum"]
@@ -329,11 +253,11 @@ class BatchNorm(_BatchNorm):
             return self._by_running(x)
         if mask is not None or (self.training and options.sync):
             return self._by_moments(x, mask)
-        sizes = self._ghost_sizes(x.shape[0], x.shape[2:].numel()) if self.training else None
+        sizes = options.ghost_sizes(x.shape[0], x.shape[2:].numel()) if self.training else None
         sizes = sizes or [x.shape[0]]
         least = min(sizes) * x.shape[2:].numel()
         if least == 1 and options.min_count is None:
-            raise InputError(_one_value(tuple(x.shape)))
+            raise InputError(one_value(x))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
         if self._direct and self._tracks() and not compiling() and wrapped(x):
@@ -350,20 +274,6 @@ class BatchNorm(_BatchNorm):
         momentum = 1 / float(batches) if self.momentum is None else self.momentum
         affine = self._affine_in(mean.dtype)
         return torch.batch_norm(x, *affine, mean, var, True, momentum, self.eps, x.is_cuda)
-
-    def _undo_if_poisoned(self, before: Tensor) -> None:
-        """Restore the statistics if the last batch made one of them infinite or NaN.
-
-        Its variance tells: no value that is not finite leaves it finite. What was broken before
-        the batch, by an old checkpoint, is not this batch's doing.
-        """
-        mean, var, batches = self._statistics()
-        old_mean, old_var = before.chunk(2)
-        if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            writable(mean).copy_(old_mean)
-            writable(var).copy_(old_var)
-            batches.sub_(1)
-            self._tally(torch.tensor(False))
 
     def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in ``dtype``; no operation where they have it: graphs stay clean."""
@@ -412,11 +322,12 @@ class BatchNorm(_BatchNorm):
         ranks = self._options.sync if self.training else None
         if ranks is not None and not ranks.active:
             ranks = None
-        groups, total = self._groups(x, ranks)
+        groups, total = _groups(self._options, x, ranks) if self.training else (None, 1)
         batch = functional.moments(
             values, mask, groups, total=total, reduce=None if ranks is None else ranks.sum
         )
-        self._refuse_one_value(batch.count, tuple(x.shape))
+        if self._options.min_count is None and _has_one_value(batch.count):
+            raise InputError(one_value(x))
         mean = batch.mean
         var = torch.where(batch.count > 0, batch.var, 1)
         correction = None
@@ -442,193 +353,7 @@ class BatchNorm(_BatchNorm):
             self._observe(batch.detach(), out)
         return out
 
-    def _ghost_sizes(self, examples: int, positions: int) -> list[int] | None:
-        """Examples of each group; None for one group of all.
-
-        The last takes what is left, or, if that is one value, it joins the group before: alone it
-        has no variance.
-        """
-        size = self._options.ghost
-        if size is None or examples <= size:
-            return None
-        sizes = [min(size, examples - start) for start in range(0, examples, size)]
-        if sizes[-1] * positions == 1:
-            sizes[-2:] = [sizes[-2] + 1]
-        return sizes
-
-    def _groups(self, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | None, int]:
-        """The group of each example, and their number, over the joined batch of all ranks."""
-        if self._options.ghost is None or not self.training:
-            return None, 1
-        counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
-        sizes = self._ghost_sizes(sum(counts), x.shape[2:].numel())
-        if sizes is None:
-            return None, 1
-        first = 0 if ranks is None else sum(counts[: ranks.rank])
-        ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return ids[first : first + x.shape[0]].to(x.device), len(sizes)
-
-    def _refuse_one_value(self, count: Tensor, shape: tuple[int, ...]) -> None:
-        if (
-            self._options.min_count is None
-            and readable(count, any_device=True)
-            and (count == 1).any()
-        ):
-            raise InputError(_one_value(shape))
-
     # -- statistics --------------------------------------------------------------------------
-
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running mean and variance and the number of batches, past nn.Module's slow attributes."""
-        held = self._buffers
-        mean, var, batches = held["running_mean"], held["running_var"], held["num_batches_tracked"]
-        if mean is None or var is None or batches is None:
-            raise AssertionError("asked for statistics that are not tracked")
-        return mean, var, batches
-
-    def _tracks(self) -> bool:
-        """Whether this forward may move the running statistics.
-
-        Not inside a backward pass: what runs there repeats a forward that has been seen.
-        """
-        if not (self.training and self.track_running_stats) or self.running_mean is None:
-            return False
-        return compiling() or graph_task() == NO_GRAPH_TASK
-
-    def _observe(self, batch: Moments, out: Tensor) -> None:
-        if self._options.commit == "forward":
-            self._write(batch)
-        elif compiling():
-            # Not as a decorator, which would import the compiler into every process.
-            torch.compiler.disable(self._remember)(batch, out)  # type: ignore[no-untyped-call]
-        else:
-            self._remember(batch, out)
-
-    def _remember(self, batch: Moments, out: Tensor) -> None:
-        forward = Forward(Moments(*(widest(part.detach()) for part in batch)))
-        self._pending.append(forward)
-        if out.requires_grad:
-            out.register_hook(forward.mark)  # type: ignore[no-untyped-call]
-        if len(self._pending) == FORGOTTEN:
-            warnings.warn(
-                f"{FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
-                "commit: its running statistics never move. Call truenorm.attach(optimizer, "
-                "model) before training.",
-                stacklevel=2,
-            )
-
-    def commit(self) -> None:
-        """Write the pooled statistics of the forwards since the last commit, as one batch.
-
-        If gradient has reached some of them, only those count: the others had no part in the
-        step, as a forward for validation has none. With ``ghost`` every group of every forward
-        is a group of the one batch.
-        """
-        pending, self._pending = self._pending, []
-        if any(forward.reached_by_gradient for forward in pending):
-            pending = [forward for forward in pending if forward.reached_by_gradient]
-        finite = [f.moments for f in pending if self._finite(f.moments)]
-        for _ in range(len(pending) - len(finite)):
-            self._tally(torch.tensor(False))
-        if finite:
-            groups = functional.joined(finite)
-            self._write(groups if self._options.ghost is not None else functional.pool(groups))
-
-    def rollback(self, *, spent_only: bool = False) -> int:
-        """Drop the statistics of the forwards since the last commit; return how many.
-
-        Args:
-            spent_only: only those that gradient has reached, because it is being thrown away.
-        """
-        kept = [f for f in self._pending if spent_only and not f.reached_by_gradient]
-        dropped = len(self._pending) - len(kept)
-        self._pending = kept
-        return dropped
-
-    def refuse(self) -> None:
-        """Drop what is pending because what came of it was not finite, and count it."""
-        for _ in range(self.rollback()):
-            self._tally(torch.tensor(False))
-
-    @torch.no_grad()
-    def _write(self, parts: Moments) -> None:
-        """Move the running statistics by ``parts``, the groups of one batch.
-
-        No branch depends on data, so that it can be compiled and no device is waited for; where
-        neither matters and the batch is one group, the same in fewer calls.
-        """
-        running_mean, running_var, batches = self._statistics()
-        if parts.count.numel() == 1 and readable(parts.count):
-            count = parts.count.item()
-            if count >= max(2, self._options.min_count or 2):
-                self._write_one(parts.mean[0], parts.var[0] * (count / (count - 1)))
-                return
-        parts = Moments(*(widest(part) for part in parts))
-        mean, var = widest(running_mean), widest(running_var)
-        finite = self._finite(parts)
-        enough = parts.count >= max(2, self._options.min_count or 2)
-        counts = torch.where(enough, parts.count, 0)
-        seen = (parts.count > 0 if self._options.min_count is not None else enough).any()
-        # The factor of the cumulative average is 1/n at the n-th batch.
-        momentum = 1 / (widest(batches) + 1) if self.momentum is None else self.momentum
-        in_turn = self.momentum is not None
-        weights = functional.group_weights(counts, momentum, in_turn=in_turn)
-        keep = 1 - weights.sum(0)
-        new_mean = mean * keep + (weights * parts.mean).sum(0)
-        new_var = var * keep + (weights * functional.unbiased(parts.var, parts.count)).sum(0)
-        if self._options.min_count is not None:
-            rest = functional.pool(parts._replace(count=torch.where(enough, 0, parts.count)))
-            new_mean, new_var = move_by_few(
-                (new_mean, new_var), rest, self._share_of_few(rest.count)
-            )
-        moved = finite & seen
-        writable(running_mean).copy_(torch.where(moved, new_mean, mean))
-        writable(running_var).copy_(torch.where(moved, new_var, var))
-        batches.add_(moved.to(torch.int64))
-        self._tally(finite)
-
-    def _write_one(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics toward the mean and the unbiased variance of a batch."""
-        running_mean, running_var, batches = self._statistics()
-        mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
-        if not math.isfinite((mean.sum() + var.sum()).item()) and not (
-            bool(torch.isfinite(mean).all()) and bool(torch.isfinite(var).all())
-        ):
-            self._tally(torch.tensor(False))
-            return
-        batches.add_(1)
-        momentum = 1 / int(batches) if self.momentum is None else self.momentum
-        writable(running_mean).lerp_(mean, momentum)
-        writable(running_var).lerp_(var, momentum)
-
-    def _finite(self, parts: Moments) -> Tensor:
-        """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
-        dtype = self._statistics()[0].dtype
-        return torch.stack([torch.isfinite(p.to(dtype)).all() for p in parts[:2]]).all()
-
-    def _share_of_few(self, count: Tensor) -> Tensor:
-        """The momentum of ``count`` values, fewer than min_count: in proportion to them."""
-        assert self._options.min_count is not None
-        if self.momentum is None:  # the initial statistics count as one batch
-            return torch.where(count > 0, 1 / (widest(self._statistics()[2]) + 2), 0)
-        keep = torch.tensor(1 - self.momentum, dtype=count.dtype, device=count.device)
-        return 1 - keep ** (count / self._options.min_count).clamp(max=1)
-
-    def _tally(self, finite: Tensor) -> None:
-        """Count a batch that was not finite; tell of it now if that can be read cheaply."""
-        self._skipped.add_((~finite).to(device=self._skipped.device, dtype=torch.int64))
-        if readable(finite) and not bool(finite):
-            self._tell_of_skipped()
-
-    def _tell_of_skipped(self) -> None:
-        if not self._told and self._skipped > 0:
-            self._told = True
-            warnings.warn(
-                f"a batch with non-finite values reached a {type(self).__name__}"
-                f"({self.num_features}); it is left out of the running statistics and counted in "
-                "skipped_batches. This is said once.",
-                stacklevel=2,
-            )
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
@@ -715,9 +440,43 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
         )
 
 
-def _one_value(shape: tuple[int, ...]) -> str:
+def _move_affine(layer: BatchNorm, name: str, *, frozen: bool) -> None:
+    """Make a buffer of weight or bias, or a parameter again."""
+    values = getattr(layer, name)
+    if values is None:
+        return
+    delattr(layer, name)
+    if frozen:
+        layer.register_buffer(name, values.detach())
+    else:
+        layer.register_parameter(name, nn.Parameter(values))
+
+
+def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | None, int]:
+    """The group of each example, and their number, over the joined batch of all ranks."""
+    if options.ghost is None:
+        return None, 1
+    counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
+    sizes = options.ghost_sizes(sum(counts), x.shape[2:].numel())
+    if sizes is None:
+        return None, 1
+    first = 0 if ranks is None else sum(counts[: ranks.rank])
+    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return ids[first : first + x.shape[0]].to(x.device), len(sizes)
+
+
+def _has_one_value(count: Tensor) -> bool:
+    """Whether some channel has one value; False where counts cannot be looked at."""
+    return readable(count, any_device=True) and bool((count == 1).any())
+
+
+ONE_VALUE = "more than 1 value per channel"  # torch's words
+
+
+def one_value(x: Tensor) -> str:
+    """The error of an input with one value per channel; it begins with torch's own."""
     return (
-        f"Expected more than 1 value per channel when training, got input size {list(shape)}; "
+        f"Expected {ONE_VALUE} when training, got input size {list(x.shape)}; "
         "one value has no variance. Use a larger batch, or min_count=2 to normalize such a batch "
         "by the running statistics."
     )

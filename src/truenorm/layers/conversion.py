@@ -19,7 +19,7 @@ from truenorm.layers import batch_norm as layers
 from truenorm.layers import norms
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.options import Options
-from truenorm.layers.per_call import PerCall, begin_again, calls_of
+from truenorm.layers.per_call import PerCall, count_calls, restart_calls
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.running import STATISTICS
 
@@ -98,7 +98,7 @@ class Conversion:
         return "\n".join([head, *lines])
 
 
-class _Left(Exception):
+class _Unchanged(Exception):
     """A layer stays as it is; the text says why."""
 
 
@@ -149,14 +149,14 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
         before = _described(module)
         try:
             if not any(chosen(name, module) for name in aliases):
-                raise _Left("not selected by where")
+                raise _Unchanged("not selected by where")
             after, note = change(module)
-        except _Left as why:
+        except _Unchanged as why:
             rows.append(Row(aliases[0], before, before, False, str(why)))
             continue
         shared = f"one layer, also {', '.join(aliases[1:])}" if aliases[1:] else ""
-        told = "; ".join(part for part in (note, shared) if part)
-        rows.append(Row(aliases[0], before, after, True, told))
+        note = "; ".join(part for part in (note, shared) if part)
+        rows.append(Row(aliases[0], before, after, True, note))
     return Conversion(model, tuple(rows))
 
 
@@ -218,7 +218,7 @@ def _change(
     if to == "torch":
         return _to_torch
     if to == "per-call":
-        calls = calls_of(model, list(names), settings["example"])
+        calls = count_calls(model, list(names), settings["example"])
         return lambda layer: _to_per_call(model, layer, names[layer], calls[layer])
     if to == "group":
         return lambda layer: _to_group(layer, settings.get("groups"))
@@ -234,8 +234,8 @@ def _described(layer: nn.Module) -> str:
     kind = _kind(layer)
     home = "torch.nn" if kind.__module__.startswith("torch.") else kind.__module__.split(".")[0]
     options = layer.options.set() if isinstance(layer, BatchNorm) else {}
-    told = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return f"{home}.{kind.__name__}" + (f"({told})" if told else "")
+    listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"{home}.{kind.__name__}" + (f"({listed})" if listed else "")
 
 
 def _kind(layer: nn.Module) -> type[nn.Module]:
@@ -260,9 +260,9 @@ def _refuse_subclass(layer: nn.Module, known: Iterable[type[nn.Module]]) -> None
     kind = _kind(layer)
     if kind not in known:
         if kind.__module__.startswith("torch.nn."):
-            raise _Left("TrueNorm has no other form of it")
+            raise _Unchanged("TrueNorm has no other form of it")
         own = ", ".join(sorted(k for k, v in vars(kind).items() if callable(v))) or "its name"
-        raise _Left(
+        raise _Unchanged(
             f"{kind.__module__}.{kind.__qualname__} is a class of its own ({own}), which "
             "converting would drop"
         )
@@ -270,21 +270,21 @@ def _refuse_subclass(layer: nn.Module, known: Iterable[type[nn.Module]]) -> None
 
 def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm) and (only_options or given):
-        raise _Left("has no running statistics of a batch")
-    held = layer.options if isinstance(layer, BatchNorm) else Options()
+        raise _Unchanged("has no running statistics of a batch")
+    present = layer.options if isinstance(layer, BatchNorm) else Options()
     if isinstance(layer, nn.SyncBatchNorm):
-        held = Options(sync=Ranks(layer.process_group))
-    options = dataclasses.replace(held, **given)
+        present = Options(sync=Ranks(layer.process_group))
+    options = dataclasses.replace(present, **given)
     if isinstance(layer, BatchNorm) or _kind(layer) in _TO_TORCH:
         _refuse_subclass(layer, {*_TO_TORCH, BatchNorm})
-        if options == held:
-            raise _Left("is so already")
+        if options == present:
+            raise _Unchanged("is so already")
     else:
         _refuse_subclass(layer, _TO_TRUENORM)
-        if only_options and options == held and not isinstance(layer, nn.SyncBatchNorm):
-            raise _Left("is so already")
+        if only_options and options == present and not isinstance(layer, nn.SyncBatchNorm):
+            raise _Unchanged("is so already")
     was: type[nn.Module] = type(layer)
-    thawed = held.frozen and not options.frozen
+    thawed = present.frozen and not options.frozen
     if not isinstance(layer, BatchNorm):
         _become(layer, _TO_TRUENORM.get(_kind(layer), _kind(layer)))
     if isinstance(layer, BatchNorm):
@@ -292,7 +292,7 @@ def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool)
             layer.adopt(options)
         except InputError as why:
             layer.__class__ = was  # type: ignore[assignment]
-            raise _Left(str(why).rstrip(".")) from None
+            raise _Unchanged(str(why).rstrip(".")) from None
     note = "weight and bias are new parameters: give them to the optimizer" if thawed else ""
     return _described(layer), note
 
@@ -309,19 +309,19 @@ _LOST = {
 def _to_torch(layer: nn.Module) -> tuple[str, str]:
     known: dict[type[nn.Module], type[nn.Module]] = {**_TO_TORCH, BatchNorm: nn.SyncBatchNorm}
     if _kind(layer) in _TO_TRUENORM:
-        raise _Left("is so already")
+        raise _Unchanged("is so already")
     if isinstance(layer, (nn.RMSNorm, norms.RMSNorm)):
-        raise _Left("torch.nn has no other form of it")
+        raise _Unchanged("torch.nn has no other form of it")
     _refuse_subclass(layer, known)
     if not isinstance(layer, BatchNorm):
         _become(layer, known[_kind(layer)])
         return _described(layer), ""
     options = layer.options
     if options.act is not None:
-        raise _Left(f"torch.nn's has no activation, and {options.act} would be lost")
+        raise _Unchanged(f"torch.nn's has no activation, and {options.act} would be lost")
     kind = known[BatchNorm if options.sync else _kind(layer)]
     if kind is nn.SyncBatchNorm and not options.sync:
-        raise _Left("torch.nn has no batch norm for any number of axes; it is not sync")
+        raise _Unchanged("torch.nn has no batch norm for any number of axes; it is not sync")
     lost = [f"drops {n}: {_LOST[n]}" for n in options.set() if n in _LOST]
     group = options.sync.group if options.sync else None
     layer.adopt(Options())
@@ -343,29 +343,29 @@ def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
     if layer.weight is not None:
         dtype = layer.weight.dtype
     for name in STATISTICS:
-        held = layer._buffers[name]
-        if held is None or isinstance(held, UninitializedBuffer):
+        statistic = layer._buffers[name]
+        if statistic is None or isinstance(statistic, UninitializedBuffer):
             continue
         if dtype is not None and dtype.itemsize < 4:
-            layer._buffers[name] = held.to(dtype)
+            layer._buffers[name] = statistic.to(dtype)
 
 
 def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm):
-        raise _Left("is not a batch norm")
+        raise _Unchanged("is not a batch norm")
     _refuse_subclass(layer, {*_TO_TRUENORM, *_TO_TORCH, BatchNorm})
     options = layer.options if isinstance(layer, BatchNorm) else Options()
     if options.act is not None or options.frozen:
         what = f"activation {options.act}" if options.act else "frozen affine map"
-        raise _Left(f"group norm has no place for its {what}")
+        raise _Unchanged(f"group norm has no place for its {what}")
     if isinstance(layer.running_mean, UninitializedBuffer) or isinstance(
         layer.weight, nn.UninitializedParameter
     ):
-        raise _Left("is lazy; its channels are not known before its first forward")
+        raise _Unchanged("is lazy; its channels are not known before its first forward")
     channels = layer.num_features
     number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
     if not isinstance(number, int) or number < 1 or channels % number:
-        raise _Left(f"its {channels} channels do not divide into {number!r} groups")
+        raise _Unchanged(f"its {channels} channels do not divide into {number!r} groups")
     for name in (*STATISTICS, "num_batches_tracked", "_skipped"):
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
@@ -385,15 +385,15 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
 
 def _from_convention(layer: nn.Module, settings: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm):
-        raise _Left("is not a batch norm")
+        raise _Unchanged("is not a batch norm")
     theirs, eps = settings.get("momentum", layer.momentum), settings.get("eps", layer.eps)
     if theirs is None:
-        raise _Left("its momentum is None, the cumulative average")
+        raise _Unchanged("its momentum is None, the cumulative average")
     if not 0 <= theirs <= 1:
-        raise _Left(f"momentum must lie in [0, 1], got {theirs!r}")
+        raise _Unchanged(f"momentum must lie in [0, 1], got {theirs!r}")
     if "momentum" not in settings and theirs <= 0.5:
         if eps == layer.eps:
-            raise _Left(
+            raise _Unchanged(
                 f"its momentum {theirs!r} reads as torch's already; give momentum= to set it"
             )
         mine = theirs
@@ -401,7 +401,7 @@ def _from_convention(layer: nn.Module, settings: dict[str, Any]) -> tuple[str, s
         mine = round(1 - theirs, 12)  # 1 - 0.99 is 0.01, not 0.010000000000000009
     note = f"momentum {layer.momentum!r} -> {mine!r}, eps {layer.eps!r} -> {eps!r}"
     if (mine, eps) == (layer.momentum, layer.eps):
-        raise _Left("is so already")
+        raise _Unchanged("is so already")
     layer.momentum, layer.eps = mine, eps
     return _described(layer), note
 
@@ -413,14 +413,14 @@ def _to_per_call(
     model: nn.Module, layer: nn.Module, aliases: list[str], calls: int
 ) -> tuple[str, str]:
     if calls < 2:
-        raise _Left("is not called" if calls == 0 else "is called once")
+        raise _Unchanged("is not called" if calls == 0 else "is called once")
     wrapped = PerCall(layer, calls)
     wrapped.training = layer.training
     for alias in aliases:
         parent, _, name = alias.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)
-    if begin_again not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(begin_again)
+    if restart_calls not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(restart_calls)
     return (
         f"PerCall({calls} x {_described(layer)})",
         f"each starts as a copy; in the state dict they are {aliases[0]}.norms.0 to .{calls - 1}",

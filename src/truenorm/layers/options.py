@@ -49,5 +49,19 @@ class Options:
 
     def set(self) -> dict[str, Any]:
         """Those that differ from their default."""
-        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: v for name, v in held.items() if v != getattr(Options, name)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: v for name, v in values.items() if v != getattr(Options, name)}
+
+    def ghost_sizes(self, examples: int, positions: int) -> list[int] | None:
+        """Examples of each group; None for one group of all.
+
+        The last takes what is left, or, if that is one value, it joins the group before: alone it
+        has no variance.
+        """
+        size = self.ghost
+        if size is None or examples <= size:
+            return None
+        sizes = [min(size, examples - start) for start in range(0, examples, size)]
+        if sizes[-1] * positions == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes

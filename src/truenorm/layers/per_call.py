@@ -40,14 +40,14 @@ class PerCall(nn.Module):
         return self.norms[self.called - 1](*args, **kwargs)
 
 
-def begin_again(model: nn.Module, args: Any) -> None:
+def restart_calls(model: nn.Module, args: Any) -> None:
     """Before a forward of the whole model: every count of calls starts at zero."""
     for module in model.modules():
         if isinstance(module, PerCall):
             module.called = 0
 
 
-def calls_of(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[nn.Module, int]:
+def count_calls(model: nn.Module, layers: list[nn.Module], example: Any) -> dict[nn.Module, int]:
     """How often each layer is called in one forward, in evaluation; all is given back."""
     calls = dict.fromkeys(layers, 0)
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from truenorm.errors import InputError
 
 
+def distributed() -> bool:
+    """Whether torch.distributed is in use."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The ranks that pool their statistics: all of them, or one process group.
 
@@ -24,9 +29,7 @@ class Ranks:
     @property
     def active(self) -> bool:
         """Whether there is anyone to pool with."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        return dist.get_world_size(self.group) > 1
+        return distributed() and dist.get_world_size(self.group) > 1
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks. Its gradient is the sum of the ranks' gradients."""
@@ -98,10 +101,10 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
 
 
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 
 
-class World:
+class Collective:
     """All ranks, or this process alone. Every rank makes the same calls in the same order."""
 
     def __init__(self, device: torch.device, *, alone: bool = False) -> None:
@@ -121,7 +124,7 @@ class World:
         summed: list[float] = self.sum(mine).tolist()
         return summed
 
-    def jointly(self, work: Callable[[], T]) -> T:
+    def jointly(self, work: Callable[[], _Result]) -> _Result:
         """Do ``work``; if it fails on one rank it fails on all, so that none waits for another.
 
         Raises:

@@ -19,15 +19,15 @@ from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, loss_of
 from truenorm.calling.nested import examples_of
 from truenorm.errors import InputError
 from truenorm.layers.functional import widest
-from truenorm.layers.ranks import World
+from truenorm.layers.ranks import Collective
 from truenorm.layers.settling import (
     SAME,
-    Seen,
-    Settled,
-    fitting,
-    settled_of,
-    statistics_of,
-    why_left,
+    Convergence,
+    InputMoments,
+    converge,
+    running_statistics,
+    sound_statistics,
+    why_kept,
 )
 
 
@@ -96,7 +96,7 @@ class Recalibration:
             f"{len(self.rows)} of {len(self.rows) + len(self.left)} batch norms {done}; "
             f"batches: {self.batches}, passes: {self.passes}"
         )
-        lines = [head, *self._told()]
+        lines = [head, *self._notes()]
         if self.rows:
             cells = [("layer", "mean drift", "variance ratio", "values", "")]
             cells += [
@@ -113,18 +113,18 @@ class Recalibration:
         lines += [f"  {it.layer or '(model)'} left as it is: {it.reason}" for it in self.left]
         return "\n".join(lines)
 
-    def _told(self) -> list[str]:
-        told = [f"  {self.reason}"] if self.reason else []
+    def _notes(self) -> list[str]:
+        notes = [f"  {self.reason}"] if self.reason else []
         if self.before is None or self.after is None:
-            return told
+            return notes
         parts = []
         if self.before.loss is not None and self.after.loss is not None:
             parts.append(f"loss {self.before.loss:.6g} -> {self.after.loss:.6g}")
         if self.before.accuracy is not None and self.after.accuracy is not None:
             parts.append(f"accuracy {self.before.accuracy:.2%} -> {self.after.accuracy:.2%}")
         if parts:
-            told.insert(0, f"  held out, {self.after.examples} examples: {', '.join(parts)}")
-        return told
+            notes.insert(0, f"  held out, {self.after.examples} examples: {', '.join(parts)}")
+        return notes
 
 
 def recalibrate(
@@ -192,32 +192,34 @@ def recalibrate(
         raise InputError(f"max_batches must be at least 1 or None, got {max_batches!r}.")
     norms, left = _chosen(model)
     call = Call(inner, device=device, arguments=arguments)
-    world = World(call.device)
+    ranks = Collective(call.device)
     randoms = Randoms(data, held_out)
     with borrowed(inner, randoms, parameters=False) as loan, torch.no_grad(), eager(inner):
         to_eval(inner)
-        batches, held = world.jointly(lambda: _divided(data, held_out, max_batches, call, randoms))
-        (total,) = world.counts(len(batches))
+        batches, holdout = ranks.jointly(
+            lambda: _divided(data, held_out, max_batches, call, randoms)
+        )
+        (total,) = ranks.counts(len(batches))
         if not total:
             raise InputError("recalibrate needs at least one batch, and data has none.")
-        watched = any(world.counts(held is not None))
-        before = _measured(call, held, loss, world) if watched else None
+        watched = any(ranks.counts(holdout is not None))
+        before = _measured(call, holdout, loss, ranks) if watched else None
         if held_out is not None and before is not None and before.loss is None:
             raise InputError(
                 "no loss can be measured on held_out; give batches with targets, or loss=."
             )
-        old = {layer: statistics_of(layer) for layer in norms}
-        settled = settled_of(call, norms, batches, world, total=total, exact=exact)
+        old = {layer: running_statistics(layer) for layer in norms}
+        settled = converge(call, norms, batches, ranks, total=total, exact=exact)
         rows = _rows(norms, settled.seen, old, total, left)
-        after = _measured(call, held, loss, world) if watched else None
+        after = _measured(call, holdout, loss, ranks) if watched else None
         kept = keep_worse or not _worse(before, after)
         written = {row.layer for row in rows}
         loan.keep = {layer for layer, name in norms.items() if kept and name in written}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     left.sort(key=lambda it: order[it.layer])
     reason = "; ".join(filter(None, (_reason(before, after, kept=kept), _moving(settled))))
-    told = (tuple(rows), tuple(left), settled.passes, total, before, after)
-    return Recalibration(model, *told, kept, reason)
+    figures = (tuple(rows), tuple(left), settled.passes, total, before, after)
+    return Recalibration(model, *figures, kept, reason)
 
 
 def _worse(before: Measured | None, after: Measured | None) -> bool:
@@ -240,8 +242,8 @@ def _reason(before: Measured | None, after: Measured | None, *, kept: bool) -> s
     return "no loss could be measured on what was held out" if before.loss is None else ""
 
 
-def _moving(settled: Settled) -> str:
-    if settled.still:
+def _moving(settled: Convergence) -> str:
+    if settled.reached:
         return ""
     return (
         "the last pass still moved the statistics: the data differ from pass to pass, or a layer "
@@ -264,7 +266,7 @@ def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
             raise InputError(
                 f"{name or 'the model'} is lazy; call the model once on a batch first."
             )
-        reason = why_left(layer, training=model.training, learns=learns)
+        reason = why_kept(layer, training=model.training, learns=learns)
         if reason:
             left.append(Left(name, reason))
         else:
@@ -290,12 +292,12 @@ class _Batches:
         batches = enumerate(itertools.islice(iter(self._source), end))
         return (batch for number, batch in batches if number in self._numbers)
 
-    def without(self, held: Collection[int]) -> tuple[_Batches, _Batches]:
-        """Those whose numbers are not in ``held``, and the others."""
-        kept = frozenset(self._numbers) - frozenset(held)
+    def without(self, numbers: Collection[int]) -> tuple[_Batches, _Batches]:
+        """Those whose numbers are not in ``numbers``, and the others."""
+        kept = frozenset(self._numbers) - frozenset(numbers)
         return (
             _Batches(self._source, self._randoms, kept),
-            _Batches(self._source, self._randoms, frozenset(held)),
+            _Batches(self._source, self._randoms, frozenset(numbers)),
         )
 
 
@@ -345,18 +347,17 @@ def _tenth(count: int) -> range:
     return range(min(4, count // 2), count - count % 10 if count > 10 else 10, 10)
 
 
-# -- ranks --------------------------------------------------------------------------------------
-
-
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: World) -> Measured:
+def _measured(
+    call: Call, holdout: _Batches | None, loss: Loss | None, ranks: Collective
+) -> Measured:
     """Loss and accuracy over all examples held out on all ranks."""
 
     def totals() -> list[float]:
         lost, counted, right, judged, examples = 0.0, 0, 0.0, 0, 0
-        for batch in held or ():
+        for batch in holdout or ():
             output, target = call(batch)
             n = examples_of(batch)
             examples += n
@@ -367,7 +368,7 @@ def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: World
                 right, judged = right + n * share, judged + n
         return [lost, counted, right, judged, examples]
 
-    lost, counted, right, judged, examples = world.sums(*world.jointly(totals))
+    lost, counted, right, judged, examples = ranks.sums(*ranks.jointly(totals))
     return Measured(
         lost / counted if counted else None, right / judged if judged else None, int(examples)
     )
@@ -378,7 +379,7 @@ def _measured(call: Call, held: _Batches | None, loss: Loss | None, world: World
 
 def _rows(
     norms: dict[_BatchNorm, str],
-    seen: dict[_BatchNorm, Seen],
+    seen: dict[_BatchNorm, InputMoments],
     old: dict[_BatchNorm, tuple[Tensor, Tensor]],
     batches: int,
     left: list[Left],
@@ -407,21 +408,21 @@ def _half_life(momentum: float | None) -> int:
     return batches if (1 - momentum) ** batches <= 0.5 else batches + 1
 
 
-def _why_unwritten(layer: _BatchNorm, seen: Seen) -> str:
+def _why_unwritten(layer: _BatchNorm, seen: InputMoments) -> str:
     if not seen.calls:
         return "was never called"
     if seen.calls == seen.skipped:
         return "no batch gave it finite input of shape (N, C, *S)"
     if not bool((seen.moments.count > 1).any()):
         return "saw fewer than two values per channel"
-    if not bool(fitting(layer, seen.moments)[2].any()):
+    if not bool(sound_statistics(layer, seen.moments)[2].any()):
         return "its new statistics do not fit into the dtype of its buffers"
     return ""
 
 
-def _row(layer: _BatchNorm, name: str, seen: Seen, old: tuple[Tensor, Tensor]) -> Row:
+def _row(layer: _BatchNorm, name: str, seen: InputMoments, old: tuple[Tensor, Tensor]) -> Row:
     (mean, var), (new_mean, new_var) = (
-        (widest(a), widest(b)) for a, b in (old, statistics_of(layer))
+        (widest(a), widest(b)) for a, b in (old, running_statistics(layer))
     )
     mean_dtype = str(old[0].dtype).removeprefix("torch.")
     drift = (new_mean - mean).abs() / (var + layer.eps).sqrt()
@@ -433,7 +434,7 @@ def _row(layer: _BatchNorm, name: str, seen: Seen, old: tuple[Tensor, Tensor]) -
         notes.append("was not finite before")
     if seen.skipped:
         notes.append(f"{seen.skipped} of {seen.calls} calls were not finite and do not count")
-    unsound = int((~fitting(layer, seen.moments)[2]).sum())
+    unsound = int((~sound_statistics(layer, seen.moments)[2]).sum())
     if unsound:
         notes.append(
             f"{unsound} channels stay: fewer than two values, or statistics beyond {mean_dtype}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from truenorm.data.batches import Batch, chunks, in_batches, shifted
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
+from truenorm.layers.batch_norm import ONE_VALUE
 from truenorm.layers.transaction import transactional
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, has_fast_bf16, threads
@@ -211,7 +212,7 @@ class _Training:
             with autocast(self.device, self.amp):
                 logits = self.model(x)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if ONE_VALUE not in str(error):
                 raise
             raise InputError(
                 f"batch norm cannot normalize a batch of {len(x)}: a channel needs more than one "

@@ -25,6 +25,7 @@ from truenorm.doctor.facts import Facts, NormFacts, values_per_channel
 from truenorm.doctor.ledger.book import Book, Record
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.functional import Moments, joined, pool
+from truenorm.layers.ranks import distributed
 
 # The mean of n values is off by 1/sqrt(n) standard deviations: a third at 8. Group Norm's paper
 # puts the break at 8 to 16 per device (23.6 % error at 32, 25 % at 8, 34.7 % at 2).
@@ -78,7 +79,7 @@ def pooled_values(norm: NormFacts, shape: tuple[int, ...]) -> int:
 
 def synced(norm: NormFacts) -> bool:
     """Whether it pools over several ranks."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (distributed() and dist.get_world_size() > 1):
         return False
     module = norm.module
     joint = isinstance(module, BatchNorm) and bool(module.options.sync)

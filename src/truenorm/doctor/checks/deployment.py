@@ -16,6 +16,7 @@ from truenorm.errors import InputError
 from truenorm.folding.plan import planned
 from truenorm.folding.subject import Subject
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.ranks import distributed
 
 # A rank's batch below this has noisier statistics than the joined one by more than a tenth.
 SMALL_PER_RANK = 64
@@ -59,7 +60,7 @@ TN501 = Check(
 
 def _ranks(model: nn.Module) -> int:
     """Processes that train together: of the wrapper's group, else of all."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return 1
     wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     sizes = [dist.get_world_size(m.process_group) for m in wrappers]

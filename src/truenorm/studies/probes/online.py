@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.data.datasets import Splits
-from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.batch_norm import ONE_VALUE, BatchNorm
 from truenorm.layers.conversion import convert
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
@@ -86,7 +86,7 @@ def _online(model: nn.Module, splits: Splits, config: TrainConfig) -> dict[str, 
     try:
         logits = stream(stepper)
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if ONE_VALUE not in str(error):
             raise
         undefined = 1.0
     else:
