@@ -17,8 +17,9 @@ from states import same_state
 from truenorm import InputError, ModelSpec, Run, TrainConfig
 from truenorm.files import to_json, write_atomically
 from truenorm.training import job
-from truenorm.training.fit import fit, snapshot
+from truenorm.training.fit import fit
 from truenorm.training.run import Request
+from truenorm.training.state import snapshot
 
 REQUEST = Request(ModelSpec(), TrainConfig())
 

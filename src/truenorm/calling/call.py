@@ -57,7 +57,7 @@ class Call:
         arguments: Arguments | None = None,
     ) -> None:
         self._model = model
-        self.device = device_of(model) if device is None else torch.device(device)
+        self.device = model_device(model) if device is None else torch.device(device)
         self._arguments = arguments
         self._required, self._names = _signature(model)
 
@@ -101,7 +101,7 @@ class Call:
         )
 
 
-def device_of(model: nn.Module) -> torch.device:
+def model_device(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer of ``model`` is; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device

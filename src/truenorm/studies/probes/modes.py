@@ -17,6 +17,7 @@ from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.evaluate import Scores, score
 from truenorm.training.fit import fit
+from truenorm.training.steps import lacks_values
 
 SIZES = (1, 4, 16, 64, 256)
 SORTED = 64
@@ -108,7 +109,7 @@ def by_batches(
             logits.append(own(gather(data, index, splits.scaling, device).x).cpu())
             numbers.append(index)
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if not lacks_values(error):
             raise
         return Scores(math.nan, math.nan)
     return score(torch.cat(logits), data.take(torch.cat(numbers)))
