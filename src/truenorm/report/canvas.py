@@ -12,26 +12,24 @@ import matplotlib
 from matplotlib.figure import Figure
 
 # Stand-ins that matplotlib can draw with; the finished SVG names the page's variables instead.
-_INK, _LINE, _QUIET, MAIN, _MARK = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
-VARIABLES = {
-    _INK: "var(--ink)",
+INK, QUIET, MAIN, MARK = "#010203", "#070809", "#0a0b0c", "#0d0e0f"
+SERIES = tuple(f"#1a2b3{i}" for i in range(1, 9))  # one for each norm of a study
+_LINE = "#040506"
+_VARIABLES = {
+    INK: "var(--ink)",
     _LINE: "var(--line)",
-    _QUIET: "var(--quiet)",
+    QUIET: "var(--quiet)",
     MAIN: "var(--main)",
-    _MARK: "var(--mark)",
+    MARK: "var(--mark)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)},
 }
-
-
-# Colours of series, one for each norm of a study.
-SERIES = tuple(f"#1a2b3{i}" for i in range(1, 9))
-INK, QUIET, MARK = _INK, _QUIET, _MARK
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.titlesize": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -39,9 +37,9 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "grid.color": _LINE,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -69,7 +67,7 @@ def svg(figure: Figure) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
+    for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     # Without a size of its own the drawing takes its card's width.
     return re.sub(

@@ -5,18 +5,16 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from truenorm.report.canvas import _MARK, _QUIET, MAIN, SERIES, VARIABLES, drawing, svg
+from truenorm.report.canvas import MAIN, MARK, QUIET, drawing, svg
 from truenorm.training.history import History
 from truenorm.training.judgement import Histogram, NormView
-
-VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)}
 
 
 def loss_curves(history: History) -> str:
     """Training and validation loss by epoch, the best epoch marked."""
     with drawing("loss", 1) as figure:
         axes = figure.axes[0]
-        _curve(axes, history, "train_loss", colour=_QUIET, label="training")
+        _curve(axes, history, "train_loss", colour=QUIET, label="training")
         _curve(axes, history, "valid_loss", colour=MAIN, label="validation")
         _mark_best(axes, history, "valid_loss")
         axes.set(xlabel="epoch", title="Loss (cross entropy, nats)")
@@ -37,7 +35,7 @@ def distributions(view: NormView) -> str:
     """What enters a norm and what leaves it, one above the other on one axis."""
     with drawing(f"distributions {view.name}", 2, sharex=True) as figure:
         before, after = figure.axes
-        _bars(before, view.before, _QUIET, "before")
+        _bars(before, view.before, QUIET, "before")
         _bars(after, view.after, MAIN, "after")
         return svg(figure)
 
@@ -81,7 +79,7 @@ def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> N
     best = history.best
     if best is not None:
         value = getattr(best, field) * factor
-        axes.axvline(best.epoch, color=_MARK, linewidth=1, linestyle=":")
-        axes.plot([best.epoch], [value], "o", color=_MARK, label=f"best: epoch {best.epoch}")
+        axes.axvline(best.epoch, color=MARK, linewidth=1, linestyle=":")
+        axes.plot([best.epoch], [value], "o", color=MARK, label=f"best: epoch {best.epoch}")
     axes.legend()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
