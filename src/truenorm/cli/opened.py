@@ -87,10 +87,10 @@ def shipment(
             "--data SOURCE or --shape 3,224,224."
         )
     with foreign(f"{text} does not run"):
-        given = Call(opened.model).prepare(batch)
-    if given.args and given.kwargs:
+        call = Call(opened.model).prepare(batch)
+    if call.args and call.kwargs:
         raise InputError(f"{text}: give a batch of positional or of named arguments, not both.")
-    return Shipment(opened.model, given.kwargs or given.args, None)
+    return Shipment(opened.model, call.kwargs or call.args, None)
 
 
 def _of_run(place: Path) -> Shipment:

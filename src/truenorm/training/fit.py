@@ -14,7 +14,7 @@ from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
 from truenorm.training.evaluate import Scores, logits_of, score
-from truenorm.training.history import Epoch, History, Observer, Progress, Stopped
+from truenorm.training.history import Epoch, EpochProgress, History, Observer, Stopped
 from truenorm.training.optimizer import learning_rate
 from truenorm.training.run import Run
 from truenorm.training.state import TrainingState
@@ -154,7 +154,7 @@ class _Training:
     def _report(self, epoch: int, done: int, record: Epoch | None = None) -> None:
         if self.observe is not None:
             epochs, total = self.stepper.config.epochs, len(self.stepper.splits.train)
-            self.observe(Progress(epoch, epochs, done, total, record))
+            self.observe(EpochProgress(epoch, epochs, done, total, record))
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
