@@ -73,7 +73,7 @@ class Call:
             InputError: nothing in it can be an argument of the model.
         """
         if self._arguments is not None:
-            args, kwargs = _given(self._arguments(batch))
+            args, kwargs = _as_arguments(self._arguments(batch))
             found = Prepared(args, kwargs, _target_beside(batch))
         else:
             found = self._by_kind(batch)
@@ -124,18 +124,22 @@ def _signature(model: nn.Module) -> tuple[int, tuple[str, ...] | None]:
     return max(1, required), tuple(p.name for p in parameters if p.kind in by_name)
 
 
-def _given(made: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _as_arguments(returned: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``arguments=`` returned, as (args, kwargs)."""
-    if isinstance(made, Mapping):
-        return (), dict(made)
-    if not isinstance(made, (tuple, list)):
+    if isinstance(returned, Mapping):
+        return (), dict(returned)
+    if not isinstance(returned, (tuple, list)):
         raise InputError(
             "arguments= must return a tuple of arguments, a dict of keyword arguments, or (tuple, "
-            f"dict), got {type(made).__name__}."
+            f"dict), got {type(returned).__name__}."
         )
-    if len(made) == 2 and isinstance(made[0], (tuple, list)) and isinstance(made[1], Mapping):
-        return tuple(made[0]), dict(made[1])
-    return tuple(made), {}
+    if (
+        len(returned) == 2
+        and isinstance(returned[0], (tuple, list))
+        and isinstance(returned[1], Mapping)
+    ):
+        return tuple(returned[0]), dict(returned[1])
+    return tuple(returned), {}
 
 
 def _target_beside(batch: Any) -> Any:
