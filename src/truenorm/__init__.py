@@ -65,12 +65,12 @@ if TYPE_CHECKING:
     from truenorm.training.estimator import NormClassifier as NormClassifier
     from truenorm.training.evaluate import logits_of as logits_of
     from truenorm.training.evaluate import score as score
-    from truenorm.training.fit import EarlyStopping as EarlyStopping
     from truenorm.training.fit import fit as fit
     from truenorm.training.history import History as History
     from truenorm.training.run import Run as Run
     from truenorm.training.saved import load_folded as load_folded
     from truenorm.training.saved import load_model as load_model
+    from truenorm.training.stopping import EarlyStopping as EarlyStopping
 
 _HOMES = {
     "BatchNorm": "layers.batch_norm",
@@ -80,7 +80,7 @@ _HOMES = {
     "Conversion": "layers.conversion",
     "Dataset": "data.datasets",
     "Diagnosis": "doctor.diagnosis",
-    "EarlyStopping": "training.fit",
+    "EarlyStopping": "training.stopping",
     "Exported": "folding.export",
     "Finding": "doctor.finding",
     "Findings": "studies.claims.claim",

@@ -13,7 +13,9 @@ import pytest
 
 from children import heed_ctrl_c
 from samples import blobs
+from truenorm import ModelSpec
 from truenorm.cli import main
+from truenorm.cli.train import NewRun
 
 
 @pytest.fixture
@@ -118,6 +120,19 @@ def test_what_the_user_must_mend_is_one_message_and_exit_2(cli, tokens, text, as
         assert text in json.loads(out)["error"]
     else:
         assert out == ""
+
+
+@pytest.mark.parametrize(
+    "choice", [("--data", "iris"), ("--dropout", "0.1"), ("--run-dir", "r"), ("--seed", "0")]
+)
+def test_a_resumed_run_takes_no_choice_at_all(cli, choice):
+    code, _, err = cli("train", "--resume", "x", *choice)
+    assert code == 2
+    assert "--resume takes every choice from the run" in err
+
+
+def test_the_models_defaults_are_the_same_on_the_command_line():
+    assert NewRun().spec() == ModelSpec()
 
 
 def test_a_run_that_exists_is_refused_and_left_as_it_was(cli, tmp_path):

@@ -84,8 +84,8 @@ def test_the_steps_are_those_of_fit_to_the_bit(parts, optimizer):
     theirs, ours = built(TWO, config, parts), built(TWO, config, parts)
     assert truenorm.fit(theirs, parts, config).best_epoch == 1
     stepper = Stepper(ours, parts, config)
-    for number, batch in stepper.batches():
-        stepper.update(number, batch)
+    for number, batches in stepper.all_steps():
+        stepper.update(number, batches)
     assert number == stepper.steps - 1
     assert same_state(ours.state_dict(), theirs.state_dict())
 
@@ -96,14 +96,14 @@ def test_augmentation_is_that_of_fit_to_the_bit():
     theirs, ours = built(spec, config, splits), built(spec, config, splits)
     assert truenorm.fit(theirs, splits, config).best_epoch == 1
     stepper = Stepper(ours, splits, config)
-    for step in stepper.batches():
+    for step in stepper.all_steps():
         stepper.update(*step)
     assert same_state(ours.state_dict(), theirs.state_dict())
 
 
 def test_measuring_changes_nothing_in_the_training(parts):
     plain = Stepper(built(TWO, CONFIG, parts), parts, CONFIG)
-    for step in plain.batches():
+    for step in plain.all_steps():
         plain.update(*step)
     seen = Stepper(built(TWO, CONFIG, parts), parts, CONFIG)
     watched(seen, [])

@@ -18,7 +18,7 @@ from truenorm import EarlyStopping, InputError, TrainConfig
 from truenorm.data.batches import chunks
 from truenorm.data.datasets import Splits, dataset
 from truenorm.training.evaluate import logits_of, score
-from truenorm.training.fit import snapshot
+from truenorm.training.state import snapshot
 
 CPU = torch.device("cpu")
 
@@ -210,7 +210,7 @@ def test_ctrl_c_at_an_epochs_end_leaves_history_and_weights_in_step(
             raise KeyboardInterrupt
         return snapshot(trained)
 
-    monkeypatch.setattr("truenorm.training.fit.snapshot", interrupted)
+    monkeypatch.setattr("truenorm.training.state.snapshot", interrupted)
     history = fit(model, splits, epochs=9)
     monkeypatch.undo()
     assert history.stopped == "interrupted"

@@ -5,6 +5,8 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from states import same_state
 from truenorm import InputError, ModelSpec, Run, TrainConfig
 from truenorm.files import to_json, write_atomically
 from truenorm.training import job
-from truenorm.training.fit import fit, snapshot
+from truenorm.training.fit import fit
 from truenorm.training.run import Request
+from truenorm.training.state import snapshot
 
 REQUEST = Request(ModelSpec(), TrainConfig())
 
@@ -216,6 +219,16 @@ def test_a_resumed_run_that_fails_keeps_what_was_asked_of_it(tmp_path):
     with pytest.raises(InputError, match="batch_size of at least 2"):
         job.resume(tmp_path / "run").execute()
     assert job.resume(tmp_path / "run").request.train.batch_size == 1
+
+
+def test_to_train_neither_models_nor_folding_are_loaded():
+    script = "import sys, truenorm.training.fit; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = [n for n in done.stdout.split() if n.startswith("truenorm.")]
+    assert "truenorm.training.run" in loaded
+    assert not [n for n in loaded if n.startswith(("truenorm.folding", "truenorm.models"))]
 
 
 def test_json_has_no_nan():

@@ -57,7 +57,7 @@ class Call:
         arguments: Arguments | None = None,
     ) -> None:
         self._model = model
-        self.device = device_of(model) if device is None else torch.device(device)
+        self.device = model_device(model) if device is None else torch.device(device)
         self._arguments = arguments
         self._required, self._names = _signature(model)
 
@@ -73,7 +73,7 @@ class Call:
             InputError: nothing in it can be an argument of the model.
         """
         if self._arguments is not None:
-            args, kwargs = _given(self._arguments(batch))
+            args, kwargs = _as_arguments(self._arguments(batch))
             found = Prepared(args, kwargs, _target_beside(batch))
         else:
             found = self._by_kind(batch)
@@ -101,7 +101,7 @@ class Call:
         )
 
 
-def device_of(model: nn.Module) -> torch.device:
+def model_device(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer of ``model`` is; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
@@ -124,18 +124,22 @@ def _signature(model: nn.Module) -> tuple[int, tuple[str, ...] | None]:
     return max(1, required), tuple(p.name for p in parameters if p.kind in by_name)
 
 
-def _given(made: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _as_arguments(returned: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``arguments=`` returned, as (args, kwargs)."""
-    if isinstance(made, Mapping):
-        return (), dict(made)
-    if not isinstance(made, (tuple, list)):
+    if isinstance(returned, Mapping):
+        return (), dict(returned)
+    if not isinstance(returned, (tuple, list)):
         raise InputError(
             "arguments= must return a tuple of arguments, a dict of keyword arguments, or (tuple, "
-            f"dict), got {type(made).__name__}."
+            f"dict), got {type(returned).__name__}."
         )
-    if len(made) == 2 and isinstance(made[0], (tuple, list)) and isinstance(made[1], Mapping):
-        return tuple(made[0]), dict(made[1])
-    return tuple(made), {}
+    if (
+        len(returned) == 2
+        and isinstance(returned[0], (tuple, list))
+        and isinstance(returned[1], Mapping)
+    ):
+        return tuple(returned[0]), dict(returned[1])
+    return tuple(returned), {}
 
 
 def _target_beside(batch: Any) -> Any:

@@ -66,7 +66,7 @@ class Node:
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
@@ -99,11 +99,11 @@ class Flow:
     """
 
     nodes: list[Node] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     results: set[int] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
 
-    def calls_of(self, module: str) -> list[Call]:
+    def calls_of(self, module: str) -> list[ModuleCall]:
         """All calls of one module."""
         return [call for call in self.calls if call.module == module]
 
@@ -139,9 +139,9 @@ class _Recorder(TorchFunctionMode):
 
     def number_of(self, tensor: Tensor, *, make: bool = True) -> int | None:
         """The node that made ``tensor``; a node of its own if none is known."""
-        held = self._made.get(id(tensor))
-        if held is not None and held[0]() is tensor:
-            return held[1]
+        known = self._made.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
         if not make or isinstance(tensor, nn.Parameter) or id(tensor) in self._held:
             return None
         self._given.add(id(tensor))
@@ -160,14 +160,14 @@ class _Recorder(TorchFunctionMode):
         again = _again(func, (*args, *like), kwargs) if alone else None
         plain = {k: v for k, v in kwargs.items() if next(tensors_in(v), None) is None}
         positional = tuple(a if next(tensors_in(a), None) is None else None for a in args)
-        told: dict[str, Any] = {"keywords": plain, "held": held}
-        told |= {"arguments": positional, "again": again}
+        details: dict[str, Any] = {"keywords": plain, "held": held}
+        details |= {"arguments": positional, "again": again}
         op, where = name.strip("_"), self.running[-1]
         for tensor in made:
             shape, dtype = tuple(tensor.shape), tensor.dtype
-            self._note([tensor], Node(op, inputs, where, shape, dtype=dtype, **told))
+            self._note([tensor], Node(op, inputs, where, shape, dtype=dtype, **details))
         if not made:
-            self._note([], Node(op, inputs, where, (), **told))
+            self._note([], Node(op, inputs, where, (), **details))
 
     def _note(self, made: list[Tensor], node: Node) -> int:
         self.flow.nodes.append(node)
@@ -291,13 +291,13 @@ def flow_of(model: nn.Module, run: Callable[[], Any], *, whole: bool = False) ->
 
 def _observed(module: nn.Module, name: str, recorder: _Recorder) -> Callable[[], None]:
     """Hook ``module`` so that ``recorder`` knows when it runs; return what unhooks it."""
-    open_calls: list[Call] = []
+    open_calls: list[ModuleCall] = []
     nodes = recorder.flow.nodes
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
         given = list(tensors_in((args, kwargs)))
         taken = recorder.number_of(given[0]) if given else None
-        call = Call(name, taken, None, len(given), len(nodes))
+        call = ModuleCall(name, taken, None, len(given), len(nodes))
         open_calls.append(call)
         recorder.flow.calls.append(call)
         recorder.running.append(name)

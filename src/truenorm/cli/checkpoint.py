@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
 
+_FIELDS = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+_BARE = nn.Module()
+
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name; of several state dicts with the path to each."""
-    held = _read(path)
-    if not isinstance(held, Mapping):
-        raise InputError(f"{path}: holds {type(held).__name__}, not a dictionary of tensors.")
-    found = dict(_state_dicts(held, ()))
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors.")
+    found = dict(_state_dicts(content, ()))
     if not found:
         raise InputError(
             f"{path}: holds no running_mean and running_var, so no batch norm to examine."
         )
     if len(found) == 1:
         return next(iter(found.values()))
-    return {f"{place}.{k}": v for place, held in found.items() for k, v in held.items()}
+    return {f"{place}.{k}": v for place, state in found.items() for k, v in state.items()}
 
 
 def _read(path: Path) -> Any:
@@ -38,8 +41,8 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path}: is empty.")
     try:
         if path.suffix == ".safetensors":
-            held = safetensors.torch.load_file(path)
-            return {key: held[key] for key in sorted(held, key=_natural)}  # it keeps no order
+            tensors = safetensors.torch.load_file(path)
+            return {key: tensors[key] for key in sorted(tensors, key=_natural)}  # it keeps no order
         with warnings.catch_warnings():  # what they say of a file is said below
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -56,8 +59,8 @@ def _why_unread(path: Path, error: Exception) -> str:
     script = "TorchScript" in str(error)
     named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
     if not script and named is None:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"is damaged, or no checkpoint ({told})."
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"is damaged, or no checkpoint ({reason})."
     if named is None:
         what, whole = "TorchScript", f"torch.jit.load('{path}').state_dict()"
     else:
@@ -71,10 +74,10 @@ def _why_unread(path: Path, error: Exception) -> str:
 
 
 def _state_dicts(
-    held: Mapping[Any, Any] | list[Any] | tuple[Any, ...], place: tuple[str, ...]
+    content: Mapping[Any, Any] | list[Any] | tuple[Any, ...], place: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary in ``held`` with running statistics, by where it is: a model, its EMA."""
-    entries = list(held.items() if isinstance(held, Mapping) else enumerate(held))
+    """Every dictionary in ``content`` with running statistics, by where it is: a model, its EMA."""
+    entries = list(content.items() if isinstance(content, Mapping) else enumerate(content))
     tensors = {str(k): v for k, v in entries if isinstance(v, Tensor)}
     if _norms_of(tensors):
         yield ".".join(place), _unwrapped(tensors)
@@ -133,9 +136,6 @@ def carrier_of(tensors: dict[str, Tensor]) -> nn.Module:
     return root.eval()
 
 
-_FIELDS = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
-
-
 def _norm(tensors: dict[str, Tensor], name: str) -> nn.Module:
     """A batch norm with the tensors of ``name``."""
     mean = tensors[f"{name}running_mean"]
@@ -171,6 +171,3 @@ def _within(root: nn.Module, path: list[str]) -> nn.Module:
 def _free(name: str) -> str:
     """``name`` as a submodule may have it: no module's is that of a method, a dictionary's can."""
     return f"{name}_" if not name or hasattr(_BARE, name) else name
-
-
-_BARE = nn.Module()

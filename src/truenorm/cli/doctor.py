@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
 import truenorm
-from truenorm.cli.options import DONE, FOUND, Json, check_file
+from truenorm.cli.options import DONE, FOUND, OUT, Flag, Json, Label, Model, check_file
 from truenorm.errors import InputError
 
 
@@ -16,13 +14,13 @@ def doctor(
     target: str | None = None,
     *,
     data: str | None = None,
-    label: str | None = None,
+    label: Label = None,
     format: Literal["text", "json", "sarif", "html"] | None = None,
     fail_on: Literal["error", "warning", "note"] = "warning",
     baseline: Path | None = None,
-    fix: Annotated[bool, Parameter(negative="")] = False,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    list: Annotated[bool, Parameter(negative="")] = False,
+    fix: Flag = False,
+    out: Annotated[Path | None, OUT] = None,
+    list: Flag = False,
     explain: str | None = None,
     json: Json = False,
 ) -> int:
@@ -37,8 +35,6 @@ def doctor(
     data
         A data source as for train; by default the run's own. Without data only structure and
         buffers are looked at.
-    label
-        The label's column of a .csv or .parquet file.
     format
         How to print the diagnosis; by default as --out's suffix says (.json, .sarif or .html),
         else text.
@@ -96,13 +92,13 @@ def doctor(
 
 
 def recalibrate(
-    target: str,
+    target: Model,
     *,
     data: str | None = None,
-    label: str | None = None,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    one_pass: Annotated[bool, Parameter(negative="")] = False,
-    keep_worse: Annotated[bool, Parameter(negative="")] = False,
+    label: Label = None,
+    out: Annotated[Path, OUT],
+    one_pass: Flag = False,
+    keep_worse: Flag = False,
     json: Json = False,
 ) -> int:
     """Give batch norms the exact running statistics of data, and write the model.
@@ -111,12 +107,8 @@ def recalibrate(
 
     Parameters
     ----------
-    target
-        A run folder, or package.module:factory.
     data
         A data source as for train; by default the run's own training part.
-    label
-        The label's column of a .csv or .parquet file.
     out
         The file for the model's state dict: safetensors, or torch.save's format for .pt and .pth.
         One that exists is replaced.

@@ -21,7 +21,7 @@ _EXAMPLES = 4  # rows of random inputs of a run's kind; the folded model serves 
 
 
 @dataclass(frozen=True)
-class Cargo:
+class Shipment:
     """A model with an example of its inputs.
 
     Attributes:
@@ -60,9 +60,9 @@ class Cargo:
         write_model(path, folded.model, {**self.about, "folded": folded.plan})
 
 
-def cargo(
+def shipment(
     text: str, data: str | None = None, label: str | None = None, shape: str | None = None
-) -> Cargo:
+) -> Shipment:
     """The model that ``text`` names, with an example.
 
     Args:
@@ -87,18 +87,18 @@ def cargo(
             "--data SOURCE or --shape 3,224,224."
         )
     with foreign(f"{text} does not run"):
-        given = Call(opened.model).prepare(batch)
-    if given.args and given.kwargs:
+        call = Call(opened.model).prepare(batch)
+    if call.args and call.kwargs:
         raise InputError(f"{text}: give a batch of positional or of named arguments, not both.")
-    return Cargo(opened.model, given.kwargs or given.args, None)
+    return Shipment(opened.model, call.kwargs or call.args, None)
 
 
-def _of_run(place: Path) -> Cargo:
+def _of_run(place: Path) -> Shipment:
     about, _ = read_model(place)
     if "folded" in about:
         raise InputError(f"{place}: is folded already; give the run that it came from.")
     trained = load_model(place)
-    return Cargo(
+    return Shipment(
         trained.model,
         examples_like(trained.scaling, trained.input_shape, trained.input_type),
         trained.scaling,

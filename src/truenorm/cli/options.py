@@ -14,7 +14,13 @@ from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig, config_help
 
 DONE, FOUND, MENDABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
-OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}
+OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}  # of a training
+
+OUT = Parameter(name=["--out", "-o"])
+Flag = Annotated[bool, Parameter(negative="")]  # without a --no- beside it
+Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
+Label = Annotated[str | None, Parameter(help="The label's column of a .csv or .parquet file.")]
+Model = Annotated[str, Parameter(help="A run folder, or package.module:factory.")]
 
 
 def _settings(*without: str) -> type[Any]:
@@ -27,18 +33,17 @@ def _settings(*without: str) -> type[Any]:
         kind = hints[f.name]
         optional: Any = kind if isinstance(kind, types.UnionType) else kind | None
         negative: dict[str, Any] = {} if kind is bool else {"negative": ""}
-        told = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
-        fields.append((f.name, told, dataclasses.field(default=None)))
+        option = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
+        fields.append((f.name, option, dataclasses.field(default=None)))
     name = "StudySettings" if without else "Settings"
-    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
-    made.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
-    return made
+    settings = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    settings.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
+    return settings
 
 
 Settings = _settings()
 # Of a study these are variants, seeds and the tuner's; each of its runs has one thread.
 StudySettings = _settings("batch_size", "lr", "seed", "threads")
-Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
 
 
 def check_file(out: Path | None) -> None:
@@ -69,24 +74,25 @@ def integers(name: str, text: str) -> tuple[int, ...]:
         raise InputError(f"{name} must be integers like 256,128, got {text!r}.") from error
 
 
-def rate(text: str) -> float | str:
-    """A learning rate, or the word that stands for a way to choose one."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def numbers(name: str, text: str) -> tuple[float, ...]:
     """Comma-separated numbers, at least one.
 
     Raises:
         InputError: one is none, or there is none; the text tells the option.
     """
+    refusal = f"{name} must be numbers like 0.01,0.1, got {text!r}."
     try:
         parsed = tuple(float(part) for part in listed(text))
     except ValueError as error:
-        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.") from error
+        raise InputError(refusal) from error
     if not parsed:
-        raise InputError(f"{name} must be numbers like 0.01,0.1, got {text!r}.")
+        raise InputError(refusal)
     return parsed
+
+
+def rate(text: str) -> float | str:
+    """A learning rate, or the word that stands for a way to choose one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -2,89 +2,93 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from truenorm.cli.options import DONE, Json, check_file
+from truenorm.cli.options import DONE, OUT, Flag, Json, Label, Model, check_file
+
+if TYPE_CHECKING:
+    from truenorm.cli.opened import Shipment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Where the example comes from on which a factory's model is run."""
+
+    data: Annotated[
+        str | None, Parameter(help="A data source for a factory that returns no batches.")
+    ] = None
+    label: Label = None
+    shape: Annotated[
+        str | None, Parameter(help="Of one example, like 3,224,224, in place of data.")
+    ] = None
+
+
+ExampleOptions = Annotated[Example, Parameter(name="*")]
+NO_EXAMPLE = Example()
 
 
 def fold(
-    target: str,
+    target: Model,
     *,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    data: str | None = None,
-    label: str | None = None,
-    shape: str | None = None,
+    out: Annotated[Path | None, OUT] = None,
+    example: ExampleOptions = NO_EXAMPLE,
     json: Json = False,
 ) -> int:
     """Fold batch norms into the weights beside them, for inference; prove each pair.
 
     Parameters
     ----------
-    target
-        A run folder, or package.module:factory.
     out
         The .safetensors file for the folded model, which predict and truenorm.load_folded take;
         without it, say what can be folded.
-    data
-        A data source for a factory that returns no batches.
-    label
-        The label's column of a .csv or .parquet file.
-    shape
-        Of one example, like 3,224,224, in place of data.
     """
-    from truenorm.cli import opened
     from truenorm.cli.target import foreign
     from truenorm.report import folding as report
 
-    check_file(out)
-    opened.check_name(out, "fold")
-    cargo = opened.cargo(target, data, label, shape)
+    shipment = _opened(target, example, out, "fold")
     with foreign(f"{target} could not be folded"):
-        folded = cargo.fold()
+        folded = shipment.fold()
     if out is not None:
-        cargo.save(folded, out)
+        shipment.save(folded, out)
     report.folded(folded, out, as_json=json)
     return DONE
 
 
 def export(
-    target: str,
+    target: Model,
     *,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    no_fold: Annotated[bool, Parameter(negative="")] = False,
-    data: str | None = None,
-    label: str | None = None,
-    shape: str | None = None,
+    out: Annotated[Path, OUT],
+    no_fold: Flag = False,
+    example: ExampleOptions = NO_EXAMPLE,
     json: Json = False,
 ) -> int:
     """Write one file that other programs run: .onnx or .pt2; run it and compare.
 
     Parameters
     ----------
-    target
-        A run folder, or package.module:factory.
     out
         The file, ending in .onnx or .pt2. A run's takes raw inputs: scaling is inside.
     no_fold
         Keep the batch norms.
-    data
-        A data source for a factory that returns no batches.
-    label
-        The label's column of a .csv or .parquet file.
-    shape
-        Of one example, like 3,224,224, in place of data.
     """
-    from truenorm.cli import opened
     from truenorm.cli.target import foreign
     from truenorm.report import folding as report
 
-    check_file(out)
-    opened.check_name(out, "export")
-    cargo = opened.cargo(target, data, label, shape)
+    shipment = _opened(target, example, out, "export")
     with foreign(f"{target} could not be exported"):
-        exported = cargo.export(out, fold_norms=not no_fold)
+        exported = shipment.export(out, fold_norms=not no_fold)
     report.exported(exported, as_json=json)
     return DONE
+
+
+def _opened(target: str, example: Example, out: Path | None, command: str) -> Shipment:
+    """What ``command`` ships; a name that cannot be written is refused before the work."""
+    from truenorm.cli import opened
+
+    check_file(out)
+    opened.check_name(out, command)
+    return opened.shipment(target, example.data, example.label, example.shape)

@@ -38,7 +38,7 @@ _WHAT = "give a run folder, package.module:factory or a checkpoint"
 
 
 @dataclass(frozen=True)
-class Target:
+class Opened:
     """A model to examine.
 
     Attributes:
@@ -64,7 +64,7 @@ def open_target(
     target: str | None = None,
     *,
     most: int | None = MOST_BATCHES,
-) -> Target:
+) -> Opened:
     """Open a run folder, ``package.module:factory``, or a checkpoint.
 
     Args:
@@ -110,9 +110,9 @@ def foreign(what: str) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a script may exit with 0, which would mean healthy
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        told = told if len(told) < 500 else f"{told[:500]}..."
-        raise InputError(f"{what}: {told}{_place(error)}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = reason if len(reason) < 500 else f"{reason[:500]}..."
+        raise InputError(f"{what}: {reason}{_place(error)}") from error
 
 
 def _place(error: BaseException) -> str:
@@ -130,7 +130,7 @@ def _relative(file: str | Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _of_run(folder: Path, data: str | None, target: str | None, most: int | None) -> Target:
+def _of_run(folder: Path, data: str | None, target: str | None, most: int | None) -> Opened:
     try:
         run = Run.open(folder)
         request = run.request()
@@ -150,7 +150,7 @@ def _of_run(folder: Path, data: str | None, target: str | None, most: int | None
             metadata = file.metadata()
         _save(trained.model, out, metadata)
 
-    return Target(
+    return Opened(
         trained.model,
         _batches(splits.train, size, trained.scaling, most=most),
         _batches(splits.valid, size, trained.scaling, most=None),
@@ -166,11 +166,11 @@ def _batches(data: Dataset, size: int, scaling: Scaling, *, most: int | None) ->
     return [(batch.x, batch.y) for batch in itertools.islice(cut, most)]
 
 
-def _of_factory(text: str, data: str | None, target: str | None, most: int | None) -> Target:
+def _of_factory(text: str, data: str | None, target: str | None, most: int | None) -> Opened:
     with foreign(text):
-        module, made = _called(text)
-        pair = isinstance(made, (tuple, list)) and len(made) == 2
-        model, batches = made if pair else (made, None)
+        module, returned = _called(text)
+        pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+        model, batches = returned if pair else (returned, None)
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"{text}: returned {type(model).__name__}, not a torch.nn.Module; a factory "
@@ -178,13 +178,13 @@ def _of_factory(text: str, data: str | None, target: str | None, most: int | Non
             )
         if data is None and isinstance(batches, Iterator):  # it can be gone through only once
             batches = list(itertools.islice(batches, most))
-    held: list[Any] | None = None
+    held_out: list[Any] | None = None
     if data is not None:
         splits = load(data, target=target)
         batches = _batches(splits.train, BATCH_SIZE, splits.scaling, most=most)
-        held = _batches(splits.valid, BATCH_SIZE, splits.scaling, most=None)
+        held_out = _batches(splits.valid, BATCH_SIZE, splits.scaling, most=None)
     file = _relative(getattr(module, "__file__", None) or text)
-    return Target(model, batches, held, lambda out: _save(model, out, None), text, file)
+    return Opened(model, batches, held_out, lambda out: _save(model, out, None), text, file)
 
 
 def _called(text: str) -> tuple[ModuleType, Any]:
@@ -207,17 +207,28 @@ def _called(text: str) -> tuple[ModuleType, Any]:
     if not hasattr(module, name):
         near = _nearest(name, [n for n in dir(module) if callable(getattr(module, n))])
         raise InputError(f"{text}: module {place!r} has no attribute {name!r}; {near}{_WHAT}.")
-    made = getattr(module, name)
-    if isinstance(made, nn.Module):
-        return module, made
-    if not callable(made):
-        raise InputError(f"{text}: is a {type(made).__name__}, not a function; {_WHAT}.")
-    return module, made()
+    factory = getattr(module, name)
+    if isinstance(factory, nn.Module):
+        return module, factory
+    if not callable(factory):
+        raise InputError(f"{text}: is a {type(factory).__name__}, not a function; {_WHAT}.")
+    return module, factory()
 
 
 def _nearest(name: str, others: list[str]) -> str:
     near = difflib.get_close_matches(name, others, 1)
     return f"did you mean {near[0]}? Or " if near else ""
+
+
+def _of_checkpoint(path: Path, data: str | None) -> Opened:
+    if data is not None:
+        raise InputError("a checkpoint has no model to run data through; leave --data out.")
+
+    def refuse(out: Path) -> None:
+        raise InputError("a checkpoint has no model to mend; give package.module:factory.")
+
+    model = carrier_of(tensors_of(path))
+    return Opened(model, None, None, refuse, str(path), str(path))
 
 
 def _save(model: nn.Module, out: Path, metadata: dict[str, str] | None) -> None:
@@ -235,17 +246,3 @@ def _save(model: nn.Module, out: Path, metadata: dict[str, str] | None) -> None:
     else:
         whole.write(safetensors.torch.save(tensors, metadata))
     write_atomically(out, lambda path: path.write_bytes(whole.getvalue()))
-
-
-# -- checkpoints ----------------------------------------------------------------------------------
-
-
-def _of_checkpoint(path: Path, data: str | None) -> Target:
-    if data is not None:
-        raise InputError("a checkpoint has no model to run data through; leave --data out.")
-
-    def refuse(out: Path) -> None:
-        raise InputError("a checkpoint has no model to mend; give package.module:factory.")
-
-    model = carrier_of(tensors_of(path))
-    return Target(model, None, None, refuse, str(path), str(path))

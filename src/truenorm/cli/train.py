@@ -3,28 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from truenorm.cli.options import DONE, OUTCOMES, Json, Settings, widths_of
+from truenorm.cli.options import DONE, OUTCOMES, Flag, Json, Label, Settings, widths_of
 from truenorm.errors import InputError
+
+if TYPE_CHECKING:
+    from truenorm.models import ModelSpec
+    from truenorm.training.job import Job
+
+
+def _help(text: str) -> Parameter:
+    return Parameter(help=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRun:
+    """What a new run trains, on which data; a run that is resumed knows all of it."""
+
+    data: Annotated[
+        str,
+        _help(
+            "mnist, digits, breast_cancer, wine, iris; a folder of IDX files or of images per "
+            "class; a .npz, .csv or .parquet file."
+        ),
+    ] = "mnist"
+    target: Label = None
+    model: Annotated[str, _help("mlp, convnet, resnet or transformer.")] = "mlp"
+    norm: Annotated[str, _help("none, batch, layer, group, instance or rms.")] = "batch"
+    norm_position: Annotated[
+        str, _help("before or after the activation (transformer: pre-norm or post-norm).")
+    ] = "before"
+    widths: Annotated[str | None, _help("Hidden units or channels, like 256,128.")] = None
+    dropout: Annotated[float, _help("Probability of dropping a hidden unit.")] = 0.0
+    recipe: Annotated[
+        str,
+        _help(
+            "default, or classic: the textbook protocol. Training options given below win over it."
+        ),
+    ] = "default"
+    run_dir: Annotated[
+        Path | None, _help("The run's own folder; by default a new one in runs/.")
+    ] = None
+
+    def spec(self) -> ModelSpec:
+        """The model.
+
+        Raises:
+            InputError: there is none such.
+        """
+        from truenorm.models import ModelSpec
+
+        return ModelSpec(
+            name=self.model,  # type: ignore[arg-type]  # checked there
+            norm=self.norm,  # type: ignore[arg-type]
+            norm_position=self.norm_position,  # type: ignore[arg-type]
+            widths=widths_of(self.widths),
+            dropout=self.dropout,
+        )
 
 
 def train(
     *,
-    data: str = "mnist",
-    target: str | None = None,
-    model: str = "mlp",
-    norm: str = "batch",
-    norm_position: str = "before",
-    widths: str | None = None,
-    dropout: float = 0.0,
-    recipe: str = "default",
-    run_dir: Path | None = None,
+    new: Annotated[NewRun, Parameter(name="*")] = NewRun(),
     resume: Path | None = None,
-    quiet: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Flag = False,
     json: Json = False,
     settings: Annotated[Settings, Parameter(name="*", group="Training")] = Settings(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
@@ -32,51 +79,15 @@ def train(
 
     Parameters
     ----------
-    data
-        mnist, digits, breast_cancer, wine, iris; a folder of IDX files or of images per
-        class; a .npz, .csv or .parquet file.
-    target
-        The label's column of a .csv or .parquet file.
-    model
-        mlp, convnet, resnet or transformer.
-    norm
-        none, batch, layer, group, instance or rms.
-    norm_position
-        before or after the activation (transformer: pre-norm or post-norm).
-    widths
-        Hidden units or channels, like 256,128.
-    dropout
-        Probability of dropping a hidden unit.
-    recipe
-        default, or classic: the textbook protocol. Training options given below win over it.
-    run_dir
-        The run's own folder; by default a new one in runs/.
     resume
         Continue the run in this folder; takes no other choice.
     quiet
         Print nothing but the result.
     """
-    from truenorm.models import ModelSpec
     from truenorm.report import run, run_page
-    from truenorm.training import job
 
-    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    if resume is not None:
-        others = (data, target, model, norm, norm_position, widths, dropout, recipe, run_dir)
-        if given or others != ("mnist", None, "mlp", "batch", "before", None, 0.0, "default", None):
-            raise InputError(
-                "--resume takes every choice from the run; leave out all but --quiet and --json."
-            )
-        work = job.resume(resume)
-    else:
-        spec = ModelSpec(
-            name=model,  # type: ignore[arg-type]  # checked there
-            norm=norm,  # type: ignore[arg-type]
-            norm_position=norm_position,  # type: ignore[arg-type]
-            widths=widths_of(widths),
-            dropout=dropout,
-        )
-        work = job.start(data, spec, target=target, recipe=recipe, changes=given, folder=run_dir)
+    changes = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+    work = _job(new, changes, resume)
     ended = work.run.result()
     if ended is not None:
         run.result(ended, as_json=json)
@@ -86,6 +97,25 @@ def train(
     work.save(outcome, run_page.render(work, outcome) if outcome.judgement is not None else None)
     run.result(outcome.result, as_json=json)
     return OUTCOMES.get(outcome.history.stopped, DONE)
+
+
+def _job(new: NewRun, changes: dict[str, Any], resume: Path | None) -> Job:
+    from truenorm.training import job
+
+    if resume is None:
+        return job.start(
+            new.data,
+            new.spec(),
+            target=new.target,
+            recipe=new.recipe,
+            changes=changes,
+            folder=new.run_dir,
+        )
+    if changes or new != NewRun():
+        raise InputError(
+            "--resume takes every choice from the run; leave out all but --quiet and --json."
+        )
+    return job.resume(resume)
 
 
 def predict(

@@ -58,8 +58,7 @@ def in_batches(
         sizes = [len(run) for run in runs[i : i + together]]
         block = gather(data, order[start : start + sum(sizes)], scaling, device)
         start += sum(sizes)
-        held = (block.x, block.y, block.weight)
-        cut = [itertools.repeat(None) if t is None else _cut_into(t, sizes) for t in held]
+        cut = [itertools.repeat(None) if t is None else _cut_into(t, sizes) for t in block]
         yield from map(Batch, *cut)
 
 

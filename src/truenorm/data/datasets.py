@@ -188,8 +188,8 @@ def dataset(
         InputError: shapes, NaN or infinite cells, unknown labels, or fewer than two classes;
             the text says where.
     """
-    held = examples(x, name)
-    labels = _labels(y, len(held), name)
+    checked = examples(x, name)
+    labels = _labels(y, len(checked), name)
     found = np.unique(labels)
     order = found if classes is None else np.asarray(classes)
     index = np.searchsorted(order, labels).clip(max=len(order) - 1)
@@ -205,10 +205,10 @@ def dataset(
             f"{_some(tuple(order.tolist()))}; add examples of another class."
         )
     return Dataset(
-        held,
+        checked,
         torch.from_numpy(index.astype(np.int64)),
         tuple(order.tolist()),
-        _weights(weight, len(held), name),
+        _weights(weight, len(checked), name),
         features,
         name,
     )
@@ -216,22 +216,22 @@ def dataset(
 
 def examples(x: Any, name: str) -> Tensor:
     """Check examples and hold them as (N, F) or (N, C, H, W), uint8 or float32."""
-    held = x.detach().cpu() if isinstance(x, Tensor) else _tensor(np.asarray(x), name)
-    if held.ndim == 3:
-        held = held.unsqueeze(1)
-    elif held.ndim == 4 and held.shape[1] not in (1, 3, 4) and held.shape[3] in (1, 3, 4):
-        held = held.permute(0, 3, 1, 2)
-    if held.ndim not in (2, 4) or 0 in held.shape:
+    tensor = x.detach().cpu() if isinstance(x, Tensor) else _tensor(np.asarray(x), name)
+    if tensor.ndim == 3:
+        tensor = tensor.unsqueeze(1)
+    elif tensor.ndim == 4 and tensor.shape[1] not in (1, 3, 4) and tensor.shape[3] in (1, 3, 4):
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim not in (2, 4) or 0 in tensor.shape:
         raise InputError(
             f"{name}: examples must be (N, features) rows or (N, C, H, W), (N, H, W, C) or "
-            f"(N, H, W) images with nothing empty, got shape {tuple(held.shape)}."
+            f"(N, H, W) images with nothing empty, got shape {tuple(tensor.shape)}."
         )
-    if held.dtype != torch.uint8:
-        if held.is_complex():
-            raise InputError(f"{name}: examples must be real numbers, got {held.dtype}.")
-        held = held.to(torch.float32)
-        refuse_non_finite(held, name)
-    return held.contiguous()
+    if tensor.dtype != torch.uint8:
+        if tensor.is_complex():
+            raise InputError(f"{name}: examples must be real numbers, got {tensor.dtype}.")
+        tensor = tensor.to(torch.float32)
+        refuse_non_finite(tensor, name)
+    return tensor.contiguous()
 
 
 def _tensor(array: np.ndarray[Any, Any], name: str) -> Tensor:
@@ -300,12 +300,12 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
 def _weights(weight: Any, count: int, name: str) -> Tensor | None:
     if weight is None:
         return None
-    held = torch.as_tensor(np.asarray(weight), dtype=torch.float32)
-    if held.shape != (count,):
-        raise InputError(f"{name}: weights must have shape ({count},), got {tuple(held.shape)}.")
-    if not (torch.isfinite(held).all() and (held >= 0).all() and held.sum() > 0):
+    weights = torch.as_tensor(np.asarray(weight), dtype=torch.float32)
+    if weights.shape != (count,):
+        raise InputError(f"{name}: weights must have shape ({count},), got {tuple(weights.shape)}.")
+    if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise InputError(f"{name}: weights must be finite, at least 0, and not all 0.")
-    return held
+    return weights
 
 
 def split(
@@ -330,23 +330,23 @@ def split(
             raise InputError(f"{name} must lie in (0, 1), got {share!r}.")
     generator = torch.Generator().manual_seed(seed)
     if isinstance(test, Dataset):
-        kept, held = _cut(torch.randperm(len(data), generator=generator), valid, data.name)
-        return Splits(data.take(kept), data.take(held), test)
-    rest, out = data, None
+        first, last = _cut(torch.randperm(len(data), generator=generator), valid, data.name)
+        return Splits(data.take(first), data.take(last), test)
+    rest, test_part = data, None
     if test is not None:
-        rest, out = _stratified_cut(data, test, generator)
-    train, held_out = _stratified_cut(rest, valid, generator)
-    return Splits(train, held_out, out)
+        rest, test_part = _stratified_cut(data, test, generator)
+    train_part, valid_part = _stratified_cut(rest, valid, generator)
+    return Splits(train_part, valid_part, test_part)
 
 
 def _cut(order: Tensor, share: float, name: str) -> tuple[Tensor, Tensor]:
-    held = round(share * len(order))
-    if not 0 < held < len(order):
+    total = round(share * len(order))
+    if not 0 < total < len(order):
         raise InputError(
             f"{name}: {len(order)} examples are too few to hold out a share of {share}; "
             "give more data."
         )
-    return order[: len(order) - held], order[len(order) - held :]
+    return order[: len(order) - total], order[len(order) - total :]
 
 
 def _stratified_cut(
@@ -363,18 +363,12 @@ def _stratified_cut(
             "give more data."
         )
     place = torch.arange(len(data))
-    held = (place + 1) * total // len(data) > place * total // len(data)
+    taken = (place + 1) * total // len(data) > place * total // len(data)
     parts = []
-    for mask in (~held, held):
+    for mask in (~taken, taken):
         part = dealt[mask]
         parts.append(data.take(part[torch.randperm(len(part), generator=generator)]))
     return parts[0], parts[1]
-
-
-def _some(values: tuple[Any, ...], most: int = 8) -> str:
-    """A short list for a message."""
-    shown = ", ".join(repr(v) for v in values[:most])
-    return shown + (f", ... ({len(values)} in all)" if len(values) > most else "")
 
 
 @dataclass(frozen=True)
@@ -403,3 +397,9 @@ class Uncut:
         digests = [None if p is None else p.fingerprint() for p in parts]
         scaling = None if self.scaling is None else self.scaling.to_json()
         return hashlib.sha256(repr((digests, scaling)).encode()).hexdigest()
+
+
+def _some(values: tuple[Any, ...], most: int = 8) -> str:
+    """A short list for a message."""
+    shown = ", ".join(repr(v) for v in values[:most])
+    return shown + (f", ... ({len(values)} in all)" if len(values) > most else "")

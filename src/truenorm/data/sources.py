@@ -1,6 +1,7 @@
 """Names and files -> data sets: embedded sets, IDX, image folders, npz, CSV and Parquet.
 
-Each reader returns a training :class:`Pool` and, where the source brings one, a test pool.
+Each reader returns training :class:`Examples` and, where the source brings them, others for
+test and validation.
 What does not parse raises InputError with the file, the place, the rule and the next step.
 """
 
@@ -21,10 +22,10 @@ from truenorm.data.datasets import (
     dataset,
     examples,
 )
+from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.data.readers.idx import is_idx_name, read_idx_folder
 from truenorm.data.readers.images import read_image_folder
 from truenorm.data.readers.npz import read_npz
-from truenorm.data.readers.pool import Array, Pool, Source
 from truenorm.data.readers.tables import read_table
 from truenorm.errors import InputError
 
@@ -60,9 +61,9 @@ def uncut(source: Any, *, target: str | None = None) -> Uncut:
         return Uncut(dataset(*source))
     found = read(source, target=target)
     labelled = _labelled(found.train, found.train.order)
-    held = None if found.test is None else _labelled(found.test, labelled.classes)
+    test = None if found.test is None else _labelled(found.test, labelled.classes)
     valid = None if found.valid is None else _labelled(found.valid, labelled.classes)
-    return Uncut(labelled, held, valid)
+    return Uncut(labelled, test, valid)
 
 
 def load_for_prediction(
@@ -82,13 +83,13 @@ def load_for_prediction(
         InputError: nothing such exists, it does not parse, or a column is missing.
     """
     found = read(source, target=target, features=features, labels_needed=False, grey=grey)
-    pool = found.train if found.test is None else found.test
-    return examples(pool.x, pool.name), pool.y
+    part = found.train if found.test is None else found.test
+    return examples(part.x, part.name), part.y
 
 
-def _labelled(pool: Pool, classes: tuple[Any, ...] | None) -> Dataset:
-    assert pool.y is not None, "readers give labels unless told that none are needed"
-    return dataset(pool.x, pool.y, classes=classes, features=pool.features, name=pool.name)
+def _labelled(part: Examples, classes: tuple[Any, ...] | None) -> Dataset:
+    assert part.y is not None, "readers give labels unless told that none are needed"
+    return dataset(part.x, part.y, classes=classes, features=part.features, name=part.name)
 
 
 def read(
@@ -126,9 +127,6 @@ def read(
     )
 
 
-# Embedded ------------------------------------------------------------------------------------
-
-
 def _read_mnist() -> Source:
     with importlib.resources.as_file(importlib.resources.files("truenorm") / "mnist") as folder:
         return read_idx_folder(folder, labels_needed=True, name="mnist")
@@ -140,10 +138,10 @@ def _from_sklearn(name: str) -> Callable[[], Source]:
 
         bunch = getattr(sklearn.datasets, f"load_{name}")()
         if name == "digits":
-            return Source(Pool(bunch.images.astype(np.float32), bunch.target, name), None)
+            return Source(Examples(bunch.images.astype(np.float32), bunch.target, name), None)
         features = tuple(str(f) for f in bunch.feature_names)
         labels = np.asarray(bunch.target_names)[bunch.target]
-        return Source(Pool(bunch.data.astype(np.float32), labels, name, features), None)
+        return Source(Examples(bunch.data.astype(np.float32), labels, name, features), None)
 
     return read_it
 
@@ -152,15 +150,3 @@ EMBEDDED: dict[str, Callable[[], Source]] = {
     "mnist": _read_mnist,
     **{name: _from_sklearn(name) for name in ("digits", "breast_cancer", "wine", "iris")},
 }
-
-
-# IDX -----------------------------------------------------------------------------------------
-
-
-# Images --------------------------------------------------------------------------------------
-
-
-# npz -----------------------------------------------------------------------------------------
-
-
-# Tables --------------------------------------------------------------------------------------

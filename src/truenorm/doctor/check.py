@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from truenorm.calling.flow import Call, Flow
+from truenorm.calling.flow import Flow, ModuleCall
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 
@@ -84,7 +84,7 @@ def flow_of(facts: Facts) -> Flow:
     return facts.flow
 
 
-def calls_of(facts: Facts, norms: list[NormFacts]) -> Iterator[tuple[NormFacts, Call]]:
+def calls_of(facts: Facts, norms: list[NormFacts]) -> Iterator[tuple[NormFacts, ModuleCall]]:
     """The first call of each of ``norms`` whose input is known.
 
     A norm of which the first call has none is passed over.

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from truenorm.calling.borrowing import eager, unwrapped
-from truenorm.calling.flow import Call, Flow, Node, flow_of
+from truenorm.calling.flow import Flow, ModuleCall, Node, flow_of
 from truenorm.calling.nested import mapped, tensors_in
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
@@ -193,7 +193,7 @@ def normalizes(module: nn.Module) -> bool:
     return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.ndim == 1
 
 
-def _not_affine(module: nn.Module, calls: list[Call]) -> str | None:
+def _not_affine(module: nn.Module, calls: list[ModuleCall]) -> str | None:
     """Why a norm cannot be a fixed map of its input."""
     mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
@@ -218,7 +218,7 @@ def _unsound(mean: Tensor, var: Tensor) -> str | None:
     return None
 
 
-def _elsewhere(module: nn.Module, calls: list[Call]) -> str | None:
+def _elsewhere(module: nn.Module, calls: list[ModuleCall]) -> str | None:
     if not calls:
         return "is not called in the forward of the example"
     if len(calls) > 1:

@@ -38,10 +38,10 @@ def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> No
         return
     if out is None:
         sys.stdout.write(_csv(predicted))
-    told = f"{len(predicted.predicted):,} examples"
+    summary = f"{len(predicted.predicted):,} examples"
     if scores is not None:
-        told += f", accuracy {scores.accuracy:.2%}"
-    print(told, file=sys.stderr)
+        summary += f", accuracy {scores.accuracy:.2%}"
+    print(summary, file=sys.stderr)
 
 
 def _csv(predicted: Prediction) -> str:

@@ -1,4 +1,4 @@
-"""What a command prints: progress and a line an epoch, the result, predictions; text or JSON.
+"""What truenorm train prints: progress and a line an epoch, and the result; text or JSON.
 
 With --json, stdout carries one JSON object and nothing else; all that is for people goes to
 stderr.
@@ -22,14 +22,13 @@ from rich.progress import (
 )
 
 from truenorm.files import to_json
-from truenorm.training.history import Epoch, Observer
-from truenorm.training.history import Progress as Told
+from truenorm.training.history import Epoch, EpochProgress, Observer
 from truenorm.training.job import Job
 
 
 @contextlib.contextmanager
 def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | None]:
-    """Show a job while the body runs it: yields what to tell of progress.
+    """Show a job while the body runs it: yields what observes progress.
 
     In a terminal a bar with rate and time left stands under the epochs' lines; elsewhere, and
     where CI is set, there are the lines alone.
@@ -53,14 +52,14 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
     total = job.request.train.epochs * len(job.splits.train)
     task = bar.add_task("", total=total, epoch="", rate="")
 
-    def observe(told: Told) -> None:
-        if told.record is not None:
-            console.print(_line(told.record, told.epochs))
+    def observe(progress: EpochProgress) -> None:
+        if progress.record is not None:
+            console.print(_line(progress.record, progress.epochs))
         speed = bar.tasks[task].speed
         bar.update(
             task,
-            completed=(told.epoch - 1) * told.total + told.done,
-            epoch=f"{told.epoch}/{told.epochs}",
+            completed=(progress.epoch - 1) * progress.total + progress.done,
+            epoch=f"{progress.epoch}/{progress.epochs}",
             rate=f"{speed:,.0f} examples/s" if speed else "",
         )
 

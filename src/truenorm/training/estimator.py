@@ -119,9 +119,9 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         x = examples(X, "X")
-        held = Dataset(x, torch.zeros(len(x), dtype=torch.int64), tuple(self.classes_))
+        data = Dataset(x, torch.zeros(len(x), dtype=torch.int64), tuple(self.classes_))
         device = next(self.model_.parameters()).device
-        logits = logits_of(self.model_, held, self.scaling_, device)
+        logits = logits_of(self.model_, data, self.scaling_, device)
         probabilities: Array = logits.double().softmax(1).numpy()
         return probabilities
 

@@ -52,7 +52,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochProgress:
     """What an observer is told: the examples done of this epoch, and its record at its end."""
 
     epoch: int
@@ -62,4 +62,4 @@ class Progress:
     record: Epoch | None = None
 
 
-Observer = Callable[[Progress], None]
+Observer = Callable[[EpochProgress], None]

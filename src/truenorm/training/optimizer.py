@@ -95,7 +95,7 @@ class Optimizer:
             steps = group.steps = [s.clone() for s in steps]
             used = [i for i, p in enumerate(params) if p.grad is not None]
             params, first, second, steps = (
-                [held[i] for i in used] for held in (params, first, second, steps)
+                [tensors[i] for i in used] for tensors in (params, first, second, steps)
             )
         for counter in {id(s): s for s in steps}.values():
             counter.add_(1)
@@ -124,8 +124,8 @@ class Optimizer:
         """Take over what :meth:`state` gave, on each parameter's own device."""
         for group, stored in zip(self.groups, state, strict=True):
             for name, tensors in stored.items():
-                held = getattr(group, name)
-                moved = [t.to(h.device) for t, h in zip(tensors, held, strict=True)]
+                live = getattr(group, name)
+                moved = [t.to(own.device) for t, own in zip(tensors, live, strict=True)]
                 setattr(group, name, moved)
 
 

@@ -56,9 +56,9 @@ def predict(run: Path | str, data: str, *, target: str | None = None) -> Predict
     x, labels = load_for_prediction(
         data, features=trained.features, target=target or trained.target, grey=grey
     )
-    held = trained.accept(x, data)
+    unlabelled = trained.accept(x, data)
     known = None if labels is None else dataset(x, labels, classes=trained.classes, name=data)
-    logits = logits_of(trained.model, held, trained.scaling, torch.device("cpu"))
+    logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
     return Prediction(
         str(run),
         data,

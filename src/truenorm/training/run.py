@@ -1,9 +1,10 @@
-"""The run folder: what was asked, where it ran, how it went, and the model; all written atomically.
+"""A run folder: what was asked, where it ran and how it went, each file written atomically.
 
 config.json, environment.json   before the first step
 metrics.csv, checkpoint/        after each epoch
-model.safetensors, result.json  at the end; result.json marks a run as ended
-report.html                     by the report, last
+model.safetensors               at the end, by truenorm.training.saved
+report.html                     by the report
+result.json                     last; it marks a run as ended
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
-from truenorm.models import ModelSpec
 from truenorm.provenance import environment
 from truenorm.training.config import TrainConfig
+
+if TYPE_CHECKING:  # fit writes runs, but builds no model
+    from truenorm.models import ModelSpec
 
 _CHECKPOINT = Path("checkpoint") / "last.pt"
 
@@ -49,6 +52,8 @@ class Request:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Request:
         """Undo :meth:`to_json`."""
+        from truenorm.models import ModelSpec
+
         spec = None if stored["spec"] is None else ModelSpec.from_json(stored["spec"])
         return cls(**{**stored, "spec": spec, "train": TrainConfig(**stored["train"])})
 
@@ -98,10 +103,6 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what else the folder holds is not ours
             self.folder.rmdir()
-
-    @property
-    def _config(self) -> Path:
-        return self.folder / "config.json"
 
     def request(self) -> Request:
         """What the run was asked to do.
@@ -157,6 +158,10 @@ class Run:
     def save_report(self, html: str) -> None:
         """Write report.html."""
         self._write("report.html", html)
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "config.json"
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, lambda path: path.write_text(text, "utf-8"))

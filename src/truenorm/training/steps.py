@@ -1,18 +1,23 @@
-"""One training step, behind fit and the probes."""
+"""The one training step, behind fit and the probes."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from truenorm.calling.call import model_device
 from truenorm.data.batches import Batch, chunks, in_batches, shifted
 from truenorm.data.datasets import Splits
-from truenorm.errors import InputError
+from truenorm.layers.batch_norm import ONE_VALUE
+from truenorm.layers.transaction import transactional
 from truenorm.training.config import TrainConfig
-from truenorm.training.evaluate import wide
+from truenorm.training.devices import has_fast_bf16
+from truenorm.training.evaluate import autocast, wide
 from truenorm.training.optimizer import Optimizer, learning_rate
 
 
@@ -26,7 +31,7 @@ def seeded(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(of_epoch)
 
 
-def loss_of(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """Mean cross entropy of ``logits`` (B, K) over the batch, by example weights."""
     if batch.weight is None:
         return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
@@ -35,53 +40,92 @@ def loss_of(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return (losses * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
 
 
-class Stepper:
-    """A model in training by the steps that :func:`truenorm.fit` takes, to the bit.
+def lacks_values(error: ValueError) -> bool:
+    """Whether a batch norm raised it because a channel had one value; torch has no own class."""
+    return ONE_VALUE in str(error)
 
-    It has no validation, no early stopping and no best epoch: it takes all steps.
+
+class Stepper:
+    """A model in training, a step at a time.
+
+    Submodules that are in eval mode inside a model in train mode were frozen on purpose and stay
+    so. There is no validation, no early stopping and no best epoch here.
+
+    Args:
+        model: any module, on the device where it is to be trained.
+        splits: data, of which the training part is used.
+        config: how to train.
+
+    Attributes:
+        per_epoch: the number of steps of one epoch.
+        steps: that of all of the config's epochs.
+        amp: whether a step's forward runs under bf16 autocast.
 
     Raises:
-        InputError: a setting under which a step is not one batch in float32.
+        InputError: the model has nothing to train.
     """
 
     def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig) -> None:
-        for name, plain in (("accumulate", (1,)), ("amp", ("off", "auto"))):
-            if getattr(config, name) not in plain:
-                raise InputError(
-                    f"a probe takes its steps from single batches in float32, got {name}="
-                    f"{getattr(config, name)!r}; use {name}={plain[0]!r}."
-                )
         self.model, self.splits, self.config = model, splits, config
-        self.device = next(model.parameters()).device
         self.optimizer = Optimizer(model, config)
-        runs = chunks(torch.arange(len(splits.train)), config.batch_size)
-        self.steps = len(runs) * config.epochs
+        self.device = model_device(model)
+        self.amp = config.amp == "bf16" or (config.amp == "auto" and has_fast_bf16(self.device))
+        batches = len(chunks(torch.arange(len(splits.train)), config.batch_size))
+        self.per_epoch = math.ceil(batches / config.accumulate)
+        self.steps = self.per_epoch * config.epochs
+        # In a model in eval mode nothing was frozen: it was only evaluated before.
+        self._frozen = [m for m in model.modules() if not m.training] if model.training else []
+        self._transactional = transactional(model)
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Number, from 0, and batch of every step, in fit's order."""
-        data, config, number = self.splits.train, self.config, 0
-        for epoch in range(1, config.epochs + 1):
-            order, generator = self.order(epoch)
-            for batch in in_batches(
-                data, order, config.batch_size, self.splits.scaling, self.device
-            ):
-                held = batch
-                if config.shift and batch.x.ndim == 4:
-                    held = batch._replace(x=shifted(batch.x, config.shift, generator))
-                yield number, held
-                number += 1
+    def all_steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Number and batches of every step of every epoch."""
+        for epoch in range(1, self.config.epochs + 1):
+            yield from self.steps_of(epoch)
+
+    def steps_of(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Number, from 0 over all epochs, and batches of every step of ``epoch``, from 1.
+
+        The model is put in train mode at its beginning.
+        """
+        self.model.train()
+        for module in self._frozen:
+            module.eval()
+        config, splits = self.config, self.splits
+        order, generator = self.order(epoch)
+        batches = in_batches(splits.train, order, config.batch_size, splits.scaling, self.device)
+        if config.shift and len(splits.input_shape) == 3:
+            batches = (b._replace(x=shifted(b.x, config.shift, generator)) for b in batches)
+        first = (epoch - 1) * self.per_epoch
+        for number in range(first, first + self.per_epoch):
+            yield number, list(itertools.islice(batches, config.accumulate))
 
     def order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
         """The order of the training examples in ``epoch``, from 1, and what draws after it."""
         generator = seeded(self.config.seed, epoch)
         return torch.randperm(len(self.splits.train), generator=generator), generator
 
-    def update(self, number: int, batch: Batch) -> float:
-        """Take step ``number``; the loss before it."""
-        self.model.train()
+    def update(self, number: int, batches: list[Batch]) -> tuple[Tensor, float]:
+        """Take step ``number`` from ``batches`` together.
+
+        Returns:
+            The loss before it, without gradient, and its weight in an epoch's mean.
+        """
+        shares = [len(b.y) if b.weight is None else float(b.weight.sum()) for b in batches]
+        total = sum(shares)
         self.optimizer.zero_grad()
-        logits: Tensor = self.model(batch.x)
-        loss = loss_of(wide(logits), batch, self.config.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = []
+        for batch, share in zip(batches, shares, strict=True):
+            loss = self._loss(batch)
+            if len(batches) > 1:
+                loss = loss * (share / total if total else 0.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            parts.append(loss.detach())
         self.optimizer.step(learning_rate(self.config, number, self.steps))
-        return loss.item()
+        for layer in self._transactional:
+            layer.commit()
+        return (parts[0] if len(parts) == 1 else torch.stack(parts).sum()), total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with autocast(self.device, self.amp):
+            logits = self.model(batch.x)
+        return cross_entropy(wide(logits), batch, self.config.label_smoothing)

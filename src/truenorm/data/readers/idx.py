@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from truenorm.data.readers.pool import Array, Pool, Source
+from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.errors import InputError
 
 _IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -80,8 +80,8 @@ def read_idx_folder(folder: Path, labels_needed: bool, name: str | None = None) 
                 "leave one data set in the folder."
             )
         parts[key] = path
-    pools = [_idx_pool(folder, parts, test, labels_needed, name) for test in (False, True)]
-    train, test = pools if pools[0] is not None else (pools[1], None)
+    found = [_idx_part(folder, parts, test, labels_needed, name) for test in (False, True)]
+    train, test = found if found[0] is not None else (found[1], None)
     if train is None:
         raise InputError(
             f"{folder}: holds IDX files but none with 'images' in its name; expected names like "
@@ -90,13 +90,13 @@ def read_idx_folder(folder: Path, labels_needed: bool, name: str | None = None) 
     return Source(train, test)
 
 
-def _idx_pool(
+def _idx_part(
     folder: Path,
     parts: dict[tuple[bool, str], Path],
     test: bool,
     labels_needed: bool,
     name: str | None,
-) -> Pool | None:
+) -> Examples | None:
     images, labels = parts.get((test, "images")), parts.get((test, "labels"))
     if images is None:
         return None
@@ -107,10 +107,10 @@ def _idx_pool(
                 f"{images}: no labels beside it; expected a file like "
                 f"{images.name.replace('images', 'labels').replace('idx3', 'idx1')}."
             )
-        return Pool(x, None, name or str(images))
+        return Examples(x, None, name or str(images))
     y = read_idx(labels)
     if y.ndim != 1 or len(y) != len(x):
         raise InputError(
             f"{labels}: {y.shape} labels for {x.shape} images of {images.name}; needs one each."
         )
-    return Pool(x, y, name or str(images))
+    return Examples(x, y, name or str(images))

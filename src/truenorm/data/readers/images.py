@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from truenorm.data.readers.pool import Array, Pool, Source
+from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.errors import InputError
 
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
@@ -15,8 +15,6 @@ _PARTS = {
     "test": ("test", "testing"),
     "valid": ("val", "valid", "validation"),
 }
-
-
 # Modes of 8 bits a channel: what Pillow turns into grey or RGB without loss of range.
 _GREY_MODES, _COLOUR_MODES = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
 
@@ -32,16 +30,16 @@ def read_image_folder(folder: Path, labels_needed: bool, grey: bool | None) -> S
         part: next((below[n] for n in names if n in below), None) for part, names in _PARTS.items()
     }
     if parts["train"] is None:
-        return Source(_image_pool(folder, labels_needed, grey), None)
-    train = _image_pool(parts["train"], labels_needed, grey)
+        return Source(_image_part(folder, labels_needed, grey), None)
+    train = _image_part(parts["train"], labels_needed, grey)
     test, valid = (
-        None if path is None else _image_pool(path, labels_needed, grey=train.x.ndim == 3)
+        None if path is None else _image_part(path, labels_needed, grey=train.x.ndim == 3)
         for path in (parts["test"], parts["valid"])
     )
     return Source(train, test, valid)
 
 
-def _image_pool(folder: Path, labels_needed: bool, grey: bool | None) -> Pool:
+def _image_part(folder: Path, labels_needed: bool, grey: bool | None) -> Examples:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [(f, c.name) for c in classes for f in _images_in(c)]
     if not files and not labels_needed:
@@ -54,7 +52,7 @@ def _image_pool(folder: Path, labels_needed: bool, grey: bool | None) -> Pool:
     x = _decode([f for f, _ in files], grey)
     names = tuple(c.name for c in classes if any(_images_in(c)))
     labels = np.array([c for _, c in files]) if names else None
-    return Pool(x, labels, str(folder), order=names or None)
+    return Examples(x, labels, str(folder), order=names or None)
 
 
 def _images_in(folder: Path) -> list[Path]:

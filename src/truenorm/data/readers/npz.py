@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from truenorm.data.readers.pool import Array, Pool, Source
+from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.errors import InputError
 
-_NPZ_KEYS = (("x_train", "y_train"), ("X_train", "y_train"), ("x", "y"), ("X", "y"))
-_NPZ_KEYS_MORE = (("data", "target"), ("images", "labels"), ("train_images", "train_labels"))
+_KEYS = (
+    *(("x_train", "y_train"), ("X_train", "y_train"), ("x", "y"), ("X", "y")),
+    *(("data", "target"), ("images", "labels"), ("train_images", "train_labels")),
+)
 
 
 def read_npz(path: Path, labels_needed: bool) -> Source:
@@ -28,18 +30,18 @@ def read_npz(path: Path, labels_needed: bool) -> Source:
         raise InputError(
             f"{path}: is no readable .npz of plain arrays ({error}); write it with numpy.savez."
         ) from error
-    for x, y in _NPZ_KEYS + _NPZ_KEYS_MORE:
+    for x, y in _KEYS:
         if x in arrays and (y in arrays or not labels_needed):
-            test, valid = (_npz_part(arrays, x, y, part, path) for part in ("test", "val"))
-            return Source(Pool(arrays[x], arrays.get(y), str(path)), test, valid)
-    pairs = ", ".join(f"{x}/{y}" for x, y in _NPZ_KEYS + _NPZ_KEYS_MORE)
+            test, valid = (_part(arrays, x, y, part, path) for part in ("test", "val"))
+            return Source(Examples(arrays[x], arrays.get(y), str(path)), test, valid)
+    pairs = ", ".join(f"{x}/{y}" for x, y in _KEYS)
     raise InputError(
         f"{path}: needs examples and labels under one of the names {pairs}, got "
         f"{', '.join(arrays) or 'no arrays'}; rename them."
     )
 
 
-def _npz_part(arrays: dict[str, Array], x: str, y: str, part: str, path: Path) -> Pool | None:
+def _part(arrays: dict[str, Array], x: str, y: str, part: str, path: Path) -> Examples | None:
     x, y = x.replace("train", part), y.replace("train", part)
     wanted = x.endswith(part) or x.startswith(part)
-    return Pool(arrays[x], arrays[y], str(path)) if wanted and {x, y} <= arrays.keys() else None
+    return Examples(arrays[x], arrays[y], str(path)) if wanted and {x, y} <= arrays.keys() else None

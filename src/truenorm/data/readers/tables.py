@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from truenorm.data.datasets import refuse_non_finite
-from truenorm.data.readers.pool import Array, Pool
+from truenorm.data.readers.examples import Array, Examples
 from truenorm.errors import InputError
 
 
 def read_table(
     path: Path, target: str | None, features: tuple[str, ...] | None, labels_needed: bool
-) -> Pool:
+) -> Examples:
     """Read a .csv or .parquet file; ``target`` names the label's column.
 
     Raises:
@@ -54,14 +54,14 @@ def read_table(
         )
     if not wanted:
         raise InputError(f"{path}: has no column beside the label {target!r}.")
-    x = np.stack([_numbers(table.column(c), c, path) for c in wanted], axis=1)
+    x = np.stack([_features(table.column(c), c, path) for c in wanted], axis=1)
     refuse_non_finite(torch.from_numpy(x), str(path), wanted)
     known = target is not None and target in columns
     y = _label_column(table.column(target), str(target), path) if known else None
-    return Pool(x, y, str(path), wanted)
+    return Examples(x, y, str(path), wanted)
 
 
-def _numbers(column: Any, name: str, path: Path) -> Array:
+def _features(column: Any, name: str, path: Path) -> Array:
     from pyarrow import types
 
     if column.null_count:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from truenorm.calling.flow import Call
+from truenorm.calling.flow import ModuleCall
 from truenorm.doctor.check import WEIGHTED, Check, Found, NotApplicable, Severity, calls_of
 from truenorm.doctor.facts import Facts, values_per_channel
 from truenorm.errors import InputError
@@ -153,7 +153,7 @@ TN503 = Check(
 )
 
 
-def _parametrized(subject: Subject, call: Call) -> bool:
+def _parametrized(subject: Subject, call: ModuleCall) -> bool:
     """Whether what comes right before a norm has a parametrization."""
     if call.input is None:
         return False

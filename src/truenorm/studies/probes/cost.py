@@ -15,9 +15,8 @@ from truenorm.data.batches import gather
 from truenorm.data.datasets import Splits
 from truenorm.folding.fold import fold
 from truenorm.models import ModelSpec
-from truenorm.studies.probes.setup import alone, built
+from truenorm.studies.probes.setup import alone, built, stepper_of
 from truenorm.training.config import TrainConfig
-from truenorm.training.steps import Stepper
 
 BATCHES = (1, 64)
 ROUNDS = 15
@@ -50,9 +49,9 @@ def cost(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, floa
 
 def _begun(model: nn.Module, splits: Splits, config: TrainConfig) -> nn.Module:
     """``model`` after the first steps of its training, in eval mode."""
-    stepper = Stepper(model, splits, config)
-    for number, batch in itertools.islice(stepper.batches(), STEPS):
-        if not math.isfinite(stepper.update(number, batch)):
+    stepper = stepper_of(model, splits, config)
+    for number, batches in itertools.islice(stepper.all_steps(), STEPS):
+        if not math.isfinite(stepper.update(number, batches)[0]):
             break
     return model.eval()
 

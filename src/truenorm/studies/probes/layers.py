@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from truenorm.calling.borrowing import evaluating
 from truenorm.data.batches import Batch
 from truenorm.training.evaluate import wide
-from truenorm.training.steps import loss_of
+from truenorm.training.steps import cross_entropy
 
 WEIGHTED = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 State = dict[str, Tensor]  # parameters by name, without gradient
@@ -106,7 +106,7 @@ def gradients(
     """
     wanted = {name: state[name].detach().requires_grad_() for name in names}
     logits = functional_call(model, {**state, **wanted, **_spare(model)}, (batch.x,))
-    loss = loss_of(wide(logits), batch, smoothing)
+    loss = cross_entropy(wide(logits), batch, smoothing)
     return loss.detach(), list(torch.autograd.grad(loss, list(wanted.values())))
 
 

@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm.data.batches import chunks, gather
 from truenorm.data.datasets import Dataset, Splits
-from truenorm.layers.batch_norm import ONE_VALUE
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.evaluate import Scores, score
 from truenorm.training.fit import fit
+from truenorm.training.steps import lacks_values
 
 SIZES = (1, 4, 16, 64, 256)
 SORTED = 64
@@ -109,7 +109,7 @@ def by_batches(
             logits.append(own(gather(data, index, splits.scaling, device).x).cpu())
             numbers.append(index)
     except ValueError as error:
-        if ONE_VALUE not in str(error):
+        if not lacks_values(error):
             raise
         return Scores(math.nan, math.nan)
     return score(torch.cat(logits), data.take(torch.cat(numbers)))

@@ -11,10 +11,9 @@ from truenorm.data.datasets import Splits
 from truenorm.layers.norms import NORMS
 from truenorm.models import ModelSpec
 from truenorm.studies.probes.layers import WEIGHTED
-from truenorm.studies.probes.setup import alone, built
+from truenorm.studies.probes.setup import alone, built, stepper_of
 from truenorm.studies.probes.shift import watched
 from truenorm.training.config import TrainConfig
-from truenorm.training.steps import Stepper
 
 MEAN = 0.5  # a unit's mean is drawn from U(-MEAN, MEAN) at each step
 SCALE = 1.25  # and its scale from U(1, SCALE)
@@ -36,7 +35,7 @@ def noisy(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, flo
         model, places = with_places(spec, config, splits)
         for place in places:
             place.register_forward_hook(Noise(config.seed))
-        return watched(Stepper(model, splits, config))
+        return watched(stepper_of(model, splits, config))
 
 
 class Noise:

@@ -8,14 +8,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from truenorm.calling.borrowing import evaluating
 from truenorm.data.datasets import Splits
-from truenorm.layers.batch_norm import ONE_VALUE, BatchNorm
+from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.conversion import convert
 from truenorm.models import ModelSpec
-from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of
+from truenorm.studies.probes.setup import UNDEFINED, alone, built, scores_of, stepper_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.evaluate import score, wide
-from truenorm.training.steps import Stepper
+from truenorm.training.steps import Stepper, lacks_values
 
 WINDOW = 32  # examples that move the running statistics as far as one batch does otherwise
 
@@ -70,23 +71,22 @@ def by_running_statistics(model: nn.Module, splits: Splits) -> None:
 def stream(stepper: Stepper) -> Tensor:
     """The logits (N, K) of each example before it was learned from; fewer where training broke."""
     logits = []
-    for number, batch in stepper.batches():
-        stepper.model.eval()
-        with torch.no_grad():
-            logits.append(wide(stepper.model(batch.x)).cpu())
-        if not math.isfinite(stepper.update(number, batch)):
+    for number, batches in stepper.all_steps():
+        with torch.no_grad(), evaluating(stepper.model):
+            logits.append(wide(stepper.model(batches[0].x)).cpu())
+        if not math.isfinite(stepper.update(number, batches)[0]):
             return torch.cat(logits[:-1]) if number else logits[0][:0]
     return torch.cat(logits)
 
 
 def _online(model: nn.Module, splits: Splits, config: TrainConfig) -> dict[str, float]:
-    stepper = Stepper(model, splits, dataclasses.replace(config, batch_size=1, epochs=1))
+    stepper = stepper_of(model, splits, dataclasses.replace(config, batch_size=1, epochs=1))
     streamed = test = UNDEFINED
     diverged = undefined = 0.0
     try:
         logits = stream(stepper)
     except ValueError as error:
-        if ONE_VALUE not in str(error):
+        if not lacks_values(error):
             raise
         undefined = 1.0
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from truenorm.data.datasets import Dataset, Splits
+from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
 from truenorm.training.evaluate import Scores, logits_of, score
+from truenorm.training.steps import Stepper
 
 UNDEFINED = Scores(math.nan, math.nan)
 
@@ -32,6 +35,21 @@ def built(spec: ModelSpec, config: TrainConfig, splits: Splits) -> nn.Module:
     """The model of ``spec`` with the weights of the config's seed, on its device."""
     model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
     return model.to(device_of(config.device))
+
+
+def stepper_of(model: nn.Module, splits: Splits, config: TrainConfig) -> Stepper:
+    """The steps that fit takes, to the bit, each of one batch in float32.
+
+    Raises:
+        InputError: a setting under which a step is not that.
+    """
+    for name, plain in (("accumulate", (1,)), ("amp", ("off", "auto"))):
+        if getattr(config, name) not in plain:
+            raise InputError(
+                f"a probe takes its steps from single batches in float32, got {name}="
+                f"{getattr(config, name)!r}; use {name}={plain[0]!r}."
+            )
+    return Stepper(model, splits, dataclasses.replace(config, amp="off"))
 
 
 def scores_of(model: nn.Module, splits: Splits, part: Dataset | None) -> Scores:

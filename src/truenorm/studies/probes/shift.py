@@ -28,7 +28,7 @@ from truenorm.studies.probes.layers import (
     state_of,
     without_dropout,
 )
-from truenorm.studies.probes.setup import alone, built, mean, scores_of
+from truenorm.studies.probes.setup import alone, built, mean, scores_of, stepper_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.steps import Stepper
 
@@ -71,7 +71,7 @@ def shift(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, flo
     - ``diverged``: 1 where the loss ceased to be finite; all others are then NaN.
     """
     with alone(config):
-        stepper = Stepper(built(spec, config, splits), splits, config)
+        stepper = stepper_of(built(spec, config, splits), splits, config)
         steps: list[dict[str, float]] = []
         return watched(stepper, steps) | _means(steps, (*_SHIFTS, *Landscape._fields))
 
@@ -92,12 +92,12 @@ def watched(stepper: Stepper, steps: list[dict[str, float]] | None = None) -> di
     every = max(1, stepper.steps // MEASURES)
     losses: list[float] = []
     spreads: list[list[Spread]] = []
-    for number, batch in stepper.batches():
+    for number, batches in stepper.all_steps():
         measured = number % every == 0
         if measured:
             spreads.append(inputs_of(model, layers, probe))
         before = state_of(model) if measured and steps is not None else None
-        losses.append(stepper.update(number, batch))
+        losses.append(stepper.update(number, batches)[0].item())
         if not math.isfinite(losses[-1]):
             if steps is not None:
                 steps.clear()
@@ -105,7 +105,7 @@ def watched(stepper: Stepper, steps: list[dict[str, float]] | None = None) -> di
                 "diverged": 1.0
             }
         if before is not None and steps is not None:
-            steps.append(_step(stepper, layers, before, batch))
+            steps.append(_step(stepper, layers, before, batches[0]))
     return {
         "train_loss": mean(losses[-max(1, len(losses) // 10) :]),
         "test_accuracy": _settled_accuracy(model, splits),

@@ -1,4 +1,4 @@
-"""What every reader returns: arrays, a part of the data, and the parts of one source."""
+"""What every reader returns: examples as they were read, and the parts of one source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Pool:
+class Examples:
     """Examples as read, before they are checked: arrays, labels or None, column names or None."""
 
     x: Array
@@ -24,6 +24,6 @@ class Pool:
 class Source(NamedTuple):
     """What a source holds: its examples, and its own test and validation parts if it has any."""
 
-    train: Pool
-    test: Pool | None
-    valid: Pool | None = None
+    train: Examples
+    test: Examples | None
+    valid: Examples | None = None
