@@ -41,7 +41,7 @@ class Foreseen:
 
     @property
     def possible(self) -> bool:
-        """Whether its writes can be told from a number that it keeps."""
+        """Whether it keeps a number by which its writes can be counted."""
         return self.state is not None
 
     @property

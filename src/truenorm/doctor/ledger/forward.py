@@ -14,7 +14,7 @@ Stray = Literal["no gradients", "unreached", "discarded", "attack"]
 
 
 class Written(Protocol):
-    """What a forward writes: a layer, which is told to which step a write of it belongs."""
+    """What a forward writes: a layer, which counts what became of its writes."""
 
     shape: tuple[int, int]  # rows and values of its last input that was written
     rested_stepped: int  # calls in eval mode, in forwards that were stepped with

@@ -3,7 +3,7 @@
 How a write is seen goes by what there is time for, and by what steps have borne out so far:
 
 - hooked: each norm bears a hook, and each of its calls is seen;
-- summed: only forwards are, and what a norm wrote in one is told by the number that it counts up;
+- summed: only forwards are; what a norm wrote in one is how far the number grew that it counts up;
 - presumed: it has no mark in its graph; as each step so far was made with one forward, so will be
   the next;
 - sampled: summed forwards and steps in turn, each as foreseen, are only tallied and entered
@@ -28,16 +28,15 @@ from truenorm.doctor.diagnosis import Diagnosis, examined
 from truenorm.doctor.facts import Facts
 from truenorm.doctor.ledger import judging as verdicts
 from truenorm.doctor.ledger.book import Book, Layer, Record
-from truenorm.doctor.ledger.detail import record_of
-from truenorm.doctor.ledger.fates import Fates, wants_gradient
+from truenorm.doctor.ledger.calls import Calls
+from truenorm.doctor.ledger.fates import wants_gradient
 from truenorm.doctor.ledger.foreseen import Foreseen
 from truenorm.doctor.ledger.forward import Forward, Written
 from truenorm.doctor.ledger.hooks import Called, Enter, Leave
-from truenorm.doctor.ledger.pace import Pace, clock
 from truenorm.errors import InputError
 
 
-class Ledger:
+class Ledger(Calls):
     """What was written while the block ran; made by :func:`watch`.
 
     Numbers in :meth:`table` are of all calls, and exact. Records hold the moments of single calls;
@@ -45,8 +44,7 @@ class Ledger:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        self._book, self._pace = Book(model), Pace()
-        self._fates = Fates(self._book, optimizer)
+        super().__init__(model, optimizer)
         self._optimizer = optimizer
         self._handles: list[Any] = []
         self._hooks: list[Any] = []  # the norms'; none while forwards are summed
@@ -56,8 +54,7 @@ class Ledger:
         self._sampled, self._sampled_open, self._sampled_key = 0, False, None  # type: int, bool, Any
         # Rows and values of each layer's input, by a forward's module and shapes of arguments.
         self._known: dict[Hashable, dict[Written, tuple[int, int]]] = {}
-        self._outermost = model
-        self._forward = self._none = Forward()
+        self._none = self._forward
         self.depth = 0  # of calls inside calls
 
     # -- the block --------------------------------------------------------------------------
@@ -266,93 +263,6 @@ class Ledger:
         if waiting:
             self._fates.pending.append(forward)
             self._fates.open = True
-
-    # -- calls --------------------------------------------------------------------------------
-
-    def called(self, layer: Layer, module: Any, args: Any, out: Any) -> None:
-        """A batch norm was called in a forward; ``out`` is None if that failed."""
-        forward = self._forward
-        if layer.within is forward:
-            layer.call += 1
-        else:
-            layer.within, layer.call = forward, 0
-            layer.forwards += 1
-        if not module.training:
-            layer.rested += 1
-            forward.rested = [*forward.rested, layer]
-            wrote = False
-        elif out is None:
-            layer.failed += 1
-            layer.foreseen.state = layer.foreseen.look_up()
-            return
-        else:
-            layer.trained += 1
-            if layer.call:
-                layer.later += 1
-            elif forward.grad:
-                layer.learning += 1
-            wrote = layer.foreseen.moved()
-            if wrote:
-                layer.shape = out.size(0), out.numel()
-                self._wrote(forward, layer, module, layer.shape)
-        if forward.grad and forward.gradient is None and forward.mark is None:
-            self._fates.follow(forward, layer, self._outermost, out)
-        if forward.detailed:
-            self._record(layer, args, out, wrote=wrote)
-
-    def repeated(self, layer: Layer, module: Any, args: Any, out: Any) -> None:
-        """A batch norm was called in a backward pass.
-
-        ``out`` may be None then: a repetition ends as soon as all is there that is needed.
-        """
-        wrote = module.training and layer.foreseen.moved()
-        layer.writes += wrote
-        layer.in_backward += wrote
-        layer.repeated += not wrote
-        if self._fates.bare:
-            self._fates.link(layer, self._outermost)
-        if self._pace.detailed and out is not None:
-            self._record(layer, args, out, wrote=wrote, backward=True)
-
-    def _wrote(
-        self, forward: Forward, layer: Layer, module: Any, shape: tuple[int, int] | None
-    ) -> None:
-        layer.writes += 1
-        if not layer.call and shape is not None:
-            layer.shapes[shape] += 1
-        if forward.checked:
-            self._check(layer)
-        if not forward.grad:
-            layer.without += 1
-            if layer.recalibrates():
-                layer.recalibrating += 1
-                return
-        weight = module._parameters.get("weight")
-        if weight is None or (weight.requires_grad and not layer.was_frozen):
-            layer.unfrozen += 1
-        else:
-            layer.freeze(weight)
-        forward.writes.append(layer)
-
-    def _check(self, layer: Layer) -> None:
-        """Look whether its statistics are finite still, where no device must be waited for."""
-        start = clock()
-        finiteness = layer.finiteness
-        if layer.module._buffers["running_var"].is_cpu and finiteness.lasts:
-            finiteness.check(layer.writes, self._book.steps)
-            self._pace.looked(start)
-
-    def _record(
-        self, layer: Layer, args: Any, out: Any, *, wrote: bool, backward: bool = False
-    ) -> None:
-        start, step = clock(), self._book.steps
-        if wrote and not layer.module.running_var.is_cpu:
-            layer.finiteness.check(layer.writes, step)
-        layer.detailed += 1
-        layer.records.append(
-            record_of(layer, self._forward, args, out, step=step, wrote=wrote, backward=backward)
-        )
-        self._pace.recorded(start)
 
     # -- steps --------------------------------------------------------------------------------
 
