@@ -12,7 +12,7 @@ import loops
 import patients
 import truenorm as tn
 from patients import batches, norms, trained
-from truenorm.doctor.ledger import ledger as ledgers
+from truenorm.doctor.ledger import pace
 
 KINDS = ("mlp", "convnet", "resnet", "transformer")
 
@@ -143,10 +143,10 @@ def test_a_ledger_can_be_judged_inside_its_block():
         assert ledger.diagnosis().layers == len(patients.norms(model))
 
 
-@pytest.fixture(params=[True, False], ids=["in detail", "from afar"])
+@pytest.fixture(params=[True, False], ids=["in detail", "summed"])
 def detail(request, monkeypatch):
     """A loop that has time for all details, and one that has none after the first window."""
-    monkeypatch.setattr(ledgers, "DETAIL_SHARE", 1e9 if request.param else 0.0)
+    monkeypatch.setattr(pace, "DETAIL_SHARE", 1e9 if request.param else 0.0)
     return request.param
 
 
@@ -165,17 +165,17 @@ def test_a_fault_of_a_loop_is_found(code, severity, loop, detail):
 
 
 @pytest.mark.parametrize("loop", loops.HEALTHY.values(), ids=loops.HEALTHY)
-def test_calls_seen_from_afar_are_counted_as_those_seen_closely_are(loop, monkeypatch):
+def test_summed_and_sampled_calls_are_counted_as_hooked_ones_are(loop, monkeypatch):
     tables = []
     for share in (1e9, 0.0):
-        monkeypatch.setattr(ledgers, "DETAIL_SHARE", share)
+        monkeypatch.setattr(pace, "DETAIL_SHARE", share)
         head, *lines = loop().table().splitlines()
         tables.append([head.split(";")[0], *lines])
     assert tables[0] == tables[1]
 
 
 def test_evaluation_on_other_data_than_the_statistics_were_made_of_is_found(monkeypatch):
-    monkeypatch.setattr(ledgers, "DETAIL_SHARE", 1e9)
+    monkeypatch.setattr(pace, "DETAIL_SHARE", 1e9)
     (finding,) = loops.validation_data_of_another_distribution().diagnosis().of("TN103")
     assert (finding.layer, finding.severity) == ("encoder.1", "warning")
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import truenorm as tn
 from patients import batches, norms
 
-STEPS = 72  # more than two windows of the ledger: the last ones may be seen from afar
+STEPS = 72  # more than two windows of the ledger: the last ones may be summed
 EPOCH = 24
 Batch = tuple[Tensor, Tensor]
 Loop = Callable[[], tn.Ledger]

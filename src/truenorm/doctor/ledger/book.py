@@ -1,123 +1,22 @@
-"""What a ledger keeps: forwards and what became of them, each layer's counts, records in detail."""
+"""What a ledger keeps of a model: each layer's counts, and records of single calls in detail."""
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from truenorm.layers.batch_norm import BatchNorm
+from truenorm.doctor.ledger.foreseen import Finiteness, Foreseen, batches_tracked
+from truenorm.doctor.ledger.forward import Fate, Forward, Gradient, Stray
 
 KEPT = 256  # detailed records kept for each layer; the counts are of all
 
 # Of an average, made by new batches: with momentum 0.1 the last 29 make up 95 % of it.
 RENEWED = 0.95
-
-Fate = Literal["pending", "stepped", "discarded", "inputs only", "unreached", "no gradients"]
-Stray = Literal["no gradients", "unreached", "discarded", "attack"]
-
-
-class Forward:
-    """One call of an outermost module, from its beginning to its return.
-
-    Attributes:
-        step: steps that the optimizer had made.
-        grad: whether it was called with gradients enabled.
-        inside: whether a forward with gradients came before it in the same step.
-        examples: length of the first axis of its first tensor, if it is recorded in detail.
-        detailed: whether its calls are recorded in detail.
-        recorded: whether one has been.
-        checked: whether it is looked whether statistics are finite.
-        attacks: whether an input that is no output of parameters wanted a gradient.
-        generated: whether an input that is one did, as what a generator made does.
-        fate: what became of its gradient. "stepped": a step was made with it; "discarded": it was
-            thrown away; "inputs only": no parameter got one; "unreached": no backward pass came.
-        passes: backward passes behind the step that was made with it.
-        writes: the layers whose statistics it moved, one entry for each write.
-        rested: the layers that ran in eval mode.
-        gradient: that of a parameter in it, by which the fate is seen.
-        mark: in its graph, to see whether a backward pass comes by.
-        presumed: it has no mark, as no other forward came between a step and the next so far.
-        reached: whether a backward pass has come by.
-        fired: so has the one that runs now, or one before that kept its graph for another.
-        kept: that one may come by once more.
-        linked: a checkpoint's first forward, whose repetition has been seen.
-        key: its module and the shapes of its arguments.
-    """
-
-    # Defaults of the class: a forward sets few of them, and a small model has little time.
-    examples = 0
-    detailed = recorded = checked = attacks = generated = presumed = reached = fired = kept = (
-        linked
-    ) = False
-    fate: Fate = "pending"
-    passes = 0
-    rested: Sequence[Layer] = ()
-    gradient: Gradient | None = None
-    mark: weakref.ref[Mark] | None = None
-    key: tuple[Any, ...] = ()
-
-    def __init__(self, step: int = 0, *, grad: bool = True, inside: bool = False) -> None:
-        self.step, self.grad, self.inside = step, grad, inside
-        self.writes: list[Layer] = []
-
-
-class Mark:
-    """Sits in the graph of a forward: called when a backward pass comes by, gone with the graph."""
-
-    __slots__ = ("__weakref__", "forward")
-
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
-
-    def __call__(self, _: Any) -> None:
-        forward = self.forward
-        forward.reached = forward.fired = True
-        forward.kept |= torch.is_grad_enabled()  # create_graph=True
-
-
-class Gradient:
-    """One parameter, by which it is seen that gradients are added, thrown away or stepped with.
-
-    Attributes:
-        held: the forwards behind its present gradient.
-        passes: the backward passes behind it.
-    """
-
-    def __init__(self, parameter: nn.Parameter, accumulated: Any) -> None:
-        self.parameter, self._accumulated = parameter, accumulated
-        self.held: list[Forward] = []
-        self.passes = 0
-        self.fresh = True  # whether the last gradient found no other to be added to
-        self._handles: list[Any] = []
-        self.attach()
-
-    def attach(self) -> None:
-        """Put the hooks on."""
-        self._handles = [
-            self.parameter.register_hook(self._before),  # type: ignore[no-untyped-call]
-            self.parameter.register_post_accumulate_grad_hook(self._after),  # type: ignore[no-untyped-call]
-        ]
-
-    def remove(self) -> None:
-        """Take them off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, _: Tensor) -> None:
-        if self.held:
-            old = self.parameter.grad
-            self.fresh = old is None or (old.layout == torch.strided and not bool(old.any()))
-
-    def _after(self, _: Tensor) -> None:
-        self._accumulated(self)
 
 
 @dataclass(frozen=True)
@@ -238,17 +137,11 @@ class Layer:
         accumulated: steps made with two or more backward passes of this layer.
         shapes: how many writes were of how many rows and how many values, in first calls.
         strays: writes that belong to no step.
-        checked: writes and steps when the statistics were last seen to be finite.
-        bad: first and last step that can have made them not finite.
-        broken: they were not finite when the block began.
+        finiteness: whether the statistics are finite.
         weight: as it was at the first write while frozen.
         within, call: its last forward, and number of its last call in that.
         shape: rows and values of its last input that was written.
-        usual, usually: calls and writes to be expected of a forward while it is seen from afar;
-            None where writes are none of a forward's.
-        trains, weight_learns: how it was when that began.
-        unseen: writes made in no forward that was seen.
-        then: batches tracked and writes when that began.
+        foreseen: what each forward writes as far as is foreseen, and the number that shows it.
         afresh: writes when the last was made without gradients onto statistics reset before.
         last: step of the last write that was stepped with.
     """
@@ -277,22 +170,11 @@ class Layer:
     accumulated: int = 0
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
     strays: dict[Stray, Strays] = field(default_factory=dict)
-    bad: tuple[int, int] | None = None
-    checked: tuple[int, int] = (0, 0)
-    broken: bool = False
     weight: Tensor | None = None
     was_frozen: bool = False
-    by_value: bool = False
     within: Forward | None = None
     call: int = 0
     shape: tuple[int, int] = (0, 0)
-    usual: int = 0
-    usually: int | None = 0
-    trains: bool = True
-    weight_learns: bool = True
-    unseen: int = 0
-    then: tuple[int, int] = (0, 0)
-    state: int | None = None  # after the last call; see look_up()
     kept: tuple[int, int, Tensor] | None = None  # see keep()
     gradient: Gradient | None = None  # by which the fate of a forward is seen
     counted: int | None = None  # batches tracked when the block began
@@ -302,23 +184,27 @@ class Layer:
     last: int = -1
 
     def __post_init__(self) -> None:
-        self.ours = isinstance(self.module, BatchNorm)
+        self.foreseen = Foreseen(self.module)
+        self.finiteness = Finiteness(self.module)
+        self.ours = self.foreseen.ours
         self.look()
 
     def look(self) -> None:
         """Take in the statistics as they are, at the beginning of a block."""
         module, mean = self.module, self.module.running_mean
         self.momentum = module.momentum
-        self.counted = self.now_counted()
-        batches = module.num_batches_tracked
-        self.by_value = batches is not None and (
-            batches.is_inference() or (self.ours and batches.is_cpu)
-        )
+        self.counted = batches_tracked(module)
         readable = mean is not None and not nn.parameter.is_lazy(mean) and not mean.is_meta
-        if readable and self.bad is None:
-            self.broken = not self.finite()
+        if readable:
+            self.finiteness.look()
         self.version = mean._version if readable and not mean.is_inference() else 0
-        self.state, self.kept = self.look_up(), None
+        self.foreseen.look()
+        self.kept = None
+
+    @property
+    def bad(self) -> tuple[int, int] | None:
+        """First and last step that can have made the statistics not finite."""
+        return self.finiteness.bad
 
     @property
     def calls(self) -> int:
@@ -334,80 +220,34 @@ class Layer:
     @property
     def pooled(self) -> bool:
         """Whether its statistics are written when the optimizer steps."""
-        return self.ours and self.module.options.commit == "step"
+        return self.foreseen.pooled
 
     @property
     def learns(self) -> bool:
         """Whether weight or bias needs a gradient."""
         return any(p.requires_grad for p in self.module.parameters(recurse=False))
 
-    def now_counted(self) -> int | None:
-        """Batches tracked; None if they are not."""
-        counted = self.module.num_batches_tracked
-        return None if counted is None or counted.is_meta else int(counted)
-
-    def look_up(self) -> int | None:
-        """A number that changes with each write; None if the layer keeps none.
-
-        The count itself for truenorm's layers, which take a write back that was not finite. Else
-        its version: that costs less and waits for no device.
-        """
-        counted: Tensor | None = self.module._buffers.get("num_batches_tracked")
-        if counted is None:
-            return None
-        return int(counted) if self.by_value else counted._version
-
-    def moved(self) -> bool:
-        """Whether the call in train mode that has just ended moved the statistics."""
-        before, self.state = self.state, self.look_up()
-        module = self.module
-        if self.ours and not module._direct and (module.options.frozen or self.pooled):
-            return False
-        if self.state is None:
-            return bool(module.track_running_stats) and module.running_mean is not None
-        return self.state != before
-
-    @property
-    def foreseeable(self) -> bool:
-        """Whether its writes can be told from a number that it keeps."""
-        return self.state is not None
-
     def foresee(self) -> None:
         """From now on calls are not seen: there will be as many in each forward as in the last."""
-        self.usual = self.call + 1 if self.forwards else 0
-        self.trains, self.state = self.module.training, self.look_up()
-        self.then = self.now_counted() or 0, self.writes
-        weight = self.module._parameters.get("weight")
-        self.weight_learns = weight is not None and weight.requires_grad
-        self.usually = self.usual if self.trains else 0
-        if self.ours and (self.module.options.frozen or self.pooled):
-            self.usually = None
-
-    def as_foreseen(self) -> bool:
-        """Whether it did in the forward that has just ended what it did before."""
-        weight = self.module._parameters.get("weight")
-        return (
-            (self.usually is None or self.look_up() == self.state + self.usually)  # type: ignore[operator]
-            and self.module.training is self.trains
-            and (weight is not None and weight.requires_grad) is self.weight_learns
-        )
+        self.foreseen.begin(self.call + 1 if self.forwards else 0, self.writes)
 
     def pass_by(self, number: int, *, trained: bool, grad: bool) -> None:
-        """Count the calls of ``number`` forwards that were seen from afar."""
-        if not self.usual:
+        """Count the calls of ``number`` forwards in which it was not hooked."""
+        calls = self.foreseen.calls
+        if not calls:
             return
         self.forwards += number
         if not trained:
-            self.rested += self.usual * number
+            self.rested += calls * number
             return
-        self.trained += self.usual * number
+        self.trained += calls * number
         self.learning += number * grad
-        self.later += (self.usual - 1) * number
+        self.later += (calls - 1) * number
 
     def repeat(self, number: int, shape: tuple[int, int] | None) -> None:
         """Count as many forwards as foreseen."""
-        writes = (self.usually or 0) * number
-        self.pass_by(number, trained=self.trains, grad=True)
+        writes = (self.foreseen.writes or 0) * number
+        self.pass_by(number, trained=self.foreseen.trains, grad=True)
         self.writes += writes
         if writes and shape is not None:
             self.shapes[shape] += number
@@ -421,20 +261,9 @@ class Layer:
 
         More may have been written between forwards, or statistics may have been loaded.
         """
-        if self.usually is None:
-            return 0, False
-        before, self.state = self.state, self.look_up()
-        moved = (self.state or 0) - (before or 0)
-        expected = self.usual if self.module.training else 0
-        if moved == expected:
-            return moved, False
-        counted, writes = self.then
-        if moved > 0 and (self.now_counted() or 0) - counted == self.writes - writes + moved:
-            unseen = max(0, moved - expected)
-            self.unseen += unseen
-            self.writes += unseen
-            return moved - unseen, True
-        return min(max(moved, 0), expected), True
+        written, besides, surprise = self.foreseen.sum_up(self.writes)
+        self.writes += besides
+        return written, surprise
 
     @property
     def shows_batch(self) -> bool:
@@ -451,7 +280,7 @@ class Layer:
 
     def settled(self) -> Tensor | None:
         """The statistics as they are, (2, C), if few of their initial values are left."""
-        module, batches = self.module, self.now_counted()
+        module, batches = self.module, batches_tracked(self.module)
         if module.running_mean is None or not batches:
             return None
         if module.momentum is not None and (1 - min(module.momentum, 1)) ** batches > 1 - RENEWED:
@@ -465,24 +294,6 @@ class Layer:
         writes, version, then = self.kept
         same = writes + 1 == self.writes and version == self.module.running_mean._version
         return then if same and then.device == self.module.running_mean.device else None
-
-    def finite(self) -> bool:
-        """Whether its statistics are finite; cheaply, as a square hides nothing."""
-        held = self.module._buffers
-        mean, var = held["running_mean"], held["running_var"]
-        flat = var if var.dtype.itemsize >= 4 else var.float()
-        if math.isfinite(flat.dot(flat).item()):
-            return True
-        return bool(torch.isfinite(var).all()) and bool(torch.isfinite(mean).all())
-
-    def look_for_bad(self, step: int) -> None:
-        """Look whether the statistics are finite still."""
-        if self.bad is None and not self.broken:
-            if self.finite():
-                self.checked = self.writes, step
-            else:
-                exact = self.checked[0] + 1 == self.writes
-                self.bad = (step if exact else self.checked[1], step)
 
     def freeze(self, weight: Tensor) -> None:
         """Count a write by whether ``weight`` and the bias were frozen."""
@@ -507,7 +318,7 @@ class Layer:
         version = module.running_mean._version
         if version != self.version:
             self.version = version
-            afresh = self.now_counted() == 1
+            afresh = batches_tracked(module) == 1
         else:
             afresh = self.afresh == self.writes - 1
         if afresh:
@@ -518,8 +329,8 @@ class Layer:
         """A write has been stepped with; or ``times`` forwards, the last at ``step``."""
         if times == 0:
             return
-        writes = 1 if times is None else times * (self.usually or 0)
-        if not self.trains and times is not None:
+        writes = 1 if times is None else times * (self.foreseen.writes or 0)
+        if not self.foreseen.trains and times is not None:
             self.rested_stepped += times
         if not writes:
             return
@@ -575,29 +386,6 @@ class Book:
         moved = [
             name
             for name, layer in self.layers.items()
-            if not layer.calls and layer.now_counted() != layer.counted
+            if not layer.calls and batches_tracked(layer.module) != layer.counted
         ]
         return moved + new
-
-
-def worth(x: Tensor, var: Tensor, examples: int) -> float:
-    """Independent values per channel that the mean of ``x`` (N, C, *S) is worth.
-
-    The mean's own variance is ``var`` over it: that between the rows' means over their number,
-    where rows of one example, as the frames of a video, count as one.
-    """
-    x = x.detach().float() if x.dtype.itemsize < 4 else x.detach()
-    rows = x.flatten(2).mean(2) if x.ndim > 2 else x
-    number, n = len(rows), x.numel() // max(1, x.shape[1])
-    if number < 2:
-        return 1.0
-    several = 1 < examples < number and number % examples == 0
-    if x.ndim == 2 and not several:
-        return float(number)
-    variance = rows.var(0) / number
-    if several:
-        for grouped in (rows.view(examples, -1, rows.shape[1]).mean(1),
-                        rows.view(-1, examples, rows.shape[1]).mean(0)):  # fmt: skip
-            variance = torch.maximum(variance, grouped.var(0) / examples)
-    ratio = (var / variance.clamp(min=1e-12)).median().item()
-    return min(max(ratio, 1.0), float(n)) if math.isfinite(ratio) else 1.0
