@@ -8,7 +8,7 @@ train: .venv/ready
 	$(BIN)/truenorm train
 
 test: .venv/ready-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/ready-dev
 	$(BIN)/ruff format --check .

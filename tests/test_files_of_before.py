@@ -118,6 +118,17 @@ def test_a_model_pickled_whole_before_computes_the_same():
     assert model[1].num_batches_tracked == 4
 
 
+def test_what_a_pickled_layer_had_pending_is_committed_and_calls_begin_again():
+    norm, both = torch.load(FILES / "pending.pt", weights_only=False)
+    assert norm.num_batches_tracked == 0
+    norm.commit()
+    assert norm.num_batches_tracked == 1
+    x = torch.randn(6, 4)
+    both(x)
+    both(x)  # the second forward begins at the first call's norm again
+    assert [norm.num_batches_tracked.item() for norm in both[1].norms] == [2, 2]
+
+
 def test_a_state_dict_saved_before_loads_by_the_same_names():
     state = torch.load(FILES / "state.pt")
     model = torch.load(FILES / "whole.pt", weights_only=False)

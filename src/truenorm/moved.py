@@ -26,8 +26,8 @@ MOVED = {
     "functional": ("layers.functional",),
     "layers": ("layers.batch_norm", "layers.options", "layers.renorm", "layers.running"),
     "norms": ("layers.norms",),
-    "paired": ("studies.paired", "studies.sequential"),
-    "plan": ("studies.plan",),
+    "paired": ("studies.paired", "studies.sequential", "studies.scores"),
+    "plan": ("studies.plan", "studies.variants"),
     "predict": ("training.predict",),
     "probes": ("studies.probes",),
     "recalibration": ("layers.recalibration",),
@@ -35,10 +35,23 @@ MOVED = {
     "shipping": ("training.saved",),
     "sources": ("data.sources", "data.datasets", "data.readers.idx"),
     "study": ("studies.compare", "studies.study"),
-    "train": ("training.fit", "training.history", "training.devices", "training.steps"),
+    "train": (
+        "training.fit",
+        "training.history",
+        "training.state",
+        "training.stopping",
+        "training.devices",
+        "training.steps",
+    ),
     "transaction": ("layers.transaction",),
     "trial": ("studies.trial", "studies.bench"),
     "verdicts": ("studies.verdicts",),
+}
+
+# What a pickle may name and has another name now: module and name of then, name of today.
+RENAMED = {
+    ("conversion", "_begin_again"): "restart_calls",
+    ("layers", "_Forward"): "Forward",
 }
 
 
@@ -46,10 +59,11 @@ def names_of(old: str) -> Callable[[str], Any]:
     """A module's ``__getattr__`` that finds the names which the module ``old`` had."""
 
     def look_up(name: str) -> Any:
+        today = RENAMED.get((old, name), name)
         for home in () if name.startswith("__") else MOVED[old]:
             module = importlib.import_module(f"truenorm.{home}")
-            if name in vars(module):
-                return vars(module)[name]
+            if today in vars(module):
+                return vars(module)[today]
         raise AttributeError(f"module 'truenorm.{old}' has no attribute {name!r}")
 
     return look_up

@@ -208,9 +208,9 @@ def test_a_ledger_keeps_the_hooks_that_it_takes_off_and_puts_on_meanwhile():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     with tn.watch(model) as ledger:
         with borrowed(model):
-            ledger._look_from_afar()
+            ledger._unhook()
         assert not model[1]._forward_hooks
         with borrowed(model):
-            ledger._look_closely()
+            ledger._hook()
         assert len(model[1]._forward_hooks) == len(model[1]._forward_hooks_always_called) == 1
     assert not model[1]._forward_hooks

@@ -111,10 +111,10 @@ class _Module:
             if own.get(name, own) is not value:
                 own[name] = value
         stays, gone = self._watching() - self._watched, self._watched - self._watching()
-        for name, store, held in self._stores:
-            wanted = held
+        for name, store, saved in self._stores:
+            wanted = saved
             if name.startswith("_forward") and (stays or gone):
-                wanted = [entry for entry in held if entry[0] not in gone]
+                wanted = [entry for entry in saved if entry[0] not in gone]
                 wanted += [entry for entry in store.items() if entry[0] in stays]
             _refill(store, wanted)
 
@@ -124,22 +124,22 @@ class _Module:
         return {n for store in hooks for n, hook in store.items() if hasattr(hook, "watches")}
 
 
-def _refill(store: Any, held: list[Any]) -> None:
-    """Put into a container what it held, in place, if it holds anything else."""
+def _refill(store: Any, saved: list[Any]) -> None:
+    """Put into a container what was saved of it, in place, if it holds anything else."""
     now = list(store.items() if isinstance(store, dict) else store)
     if isinstance(store, dict):
-        same = len(now) == len(held) and all(
-            a == c and b is d for (a, b), (c, d) in zip(now, held, strict=True)
+        same = len(now) == len(saved) and all(
+            a == c and b is d for (a, b), (c, d) in zip(now, saved, strict=True)
         )
     else:
-        same = len(now) == len(held) and all(a is b for a, b in zip(now, held, strict=True))
+        same = len(now) == len(saved) and all(a is b for a, b in zip(now, saved, strict=True))
     if same:
         return
     store.clear()
     if isinstance(store, list):
-        store.extend(held)
+        store.extend(saved)
     else:
-        store.update(held)
+        store.update(saved)
 
 
 @dataclass
@@ -155,8 +155,8 @@ class _Bits:
     @classmethod
     def of(cls, tensor: Tensor, *, bits: bool) -> _Bits:
         """Hold ``tensor``; without ``bits`` only what it is, not what is in it."""
-        held = bits and not is_lazy(tensor) and not tensor.is_meta
-        copied = tensor.detach().clone() if held else None
+        copies = bits and not is_lazy(tensor) and not tensor.is_meta
+        copied = tensor.detach().clone() if copies else None
         grad = tensor.grad if tensor.is_leaf and not is_lazy(tensor) else None
         beside = None if grad is None else cls.of(grad, bits=bits)
         return cls(tensor, type(tensor), copied, tensor.requires_grad, beside)

@@ -47,7 +47,7 @@ class Node:
         dtype: of its first output; None for one that gave none.
         outputs: numbers of the nodes that took its output.
         keywords: its keyword arguments that hold no tensor.
-        held: names of the parameters and buffers it took, in order; of a tied one the first.
+        state: names of the parameters and buffers it took, in order; of a tied one the first.
         arguments: its positional arguments, None where a tensor stood.
         again: the same operation on another tensor in place of the one that it took; None where
             it took none or several.
@@ -60,7 +60,7 @@ class Node:
     outputs: list[int] = field(default_factory=list)
     keywords: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    held: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     arguments: tuple[Any, ...] = ()
     again: Callable[[Tensor], Any] | None = field(default=None, repr=False)
 
@@ -131,9 +131,9 @@ class _Recorder(TorchFunctionMode):
         self.flow = Flow()
         self.running = [""]
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._held: dict[int, str] = {}
+        self._state_names: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._held.setdefault(id(tensor), name)
+            self._state_names.setdefault(id(tensor), name)
         self._given: set[int] = set()  # tensors that nothing seen here has made
         self.inside = False
 
@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
         known = self._made.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
-        if not make or isinstance(tensor, nn.Parameter) or id(tensor) in self._held:
+        if not make or isinstance(tensor, nn.Parameter) or id(tensor) in self._state_names:
             return None
         self._given.add(id(tensor))
         node = Node("input", (), self.running[-1], tuple(tensor.shape), dtype=tensor.dtype)
@@ -154,13 +154,13 @@ class _Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         taken = [n for tensor in tensors if (n := self.number_of(tensor)) is not None]
         inputs = tuple(dict.fromkeys(taken))
-        held = tuple(self._held[id(t)] for t in tensors if id(t) in self._held)
+        state = tuple(self._state_names[id(t)] for t in tensors if id(t) in self._state_names)
         direct = sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
         alone = len(tensors) == len(taken) == direct == 1
         again = _again(func, (*args, *like), kwargs) if alone else None
         plain = {k: v for k, v in kwargs.items() if next(tensors_in(v), None) is None}
         positional = tuple(a if next(tensors_in(a), None) is None else None for a in args)
-        details: dict[str, Any] = {"keywords": plain, "held": held}
+        details: dict[str, Any] = {"keywords": plain, "state": state}
         details |= {"arguments": positional, "again": again}
         op, where = name.strip("_"), self.running[-1]
         for tensor in made:

@@ -23,7 +23,7 @@ from truenorm.folding.proof import Whole, prove, sifted
 from truenorm.folding.subject import Subject
 
 
-class Pair(NamedTuple):
+class FoldedNorm(NamedTuple):
     """A norm that has vanished.
 
     Attributes:
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
     unfolded: float
 
 
-class Left(NamedTuple):
+class LeftNorm(NamedTuple):
     """A norm that stays, and why."""
 
     norm: str
@@ -64,8 +64,8 @@ class Folded:
     """
 
     model: nn.Module
-    pairs: tuple[Pair, ...]
-    left: tuple[Left, ...]
+    pairs: tuple[FoldedNorm, ...]
+    left: tuple[LeftNorm, ...]
     error: float
     exact: float | None
     plan: dict[str, Any] = field(repr=False)
@@ -118,17 +118,17 @@ def fold(model: nn.Module, example_inputs: Any, *, scaling: Scaling | None = Non
 
 def _outcome(
     subject: Subject, parts: list[ChangeSet], sound: list[ChangeSet], left: dict[str, str]
-) -> tuple[tuple[Pair, ...], tuple[Left, ...]]:
+) -> tuple[tuple[FoldedNorm, ...], tuple[LeftNorm, ...]]:
     """Pairs and what was left, in the order of ``named_modules()``."""
     order = {name: i for i, (name, _) in enumerate(subject.model.named_modules())}
     for part in parts:
         if part.fault:
             left |= dict.fromkeys(part.norms, part.fault)
     pairs = [
-        Pair(name, into, form, part.error, part.unfolded)
+        FoldedNorm(name, into, form, part.error, part.unfolded)
         for part in sound
         for name, (into, form) in part.norms.items()
     ]
     pairs.sort(key=lambda pair: order.get(pair.norm, -1))
     stay = sorted(left.items(), key=lambda row: order.get(row[0], -1))
-    return tuple(pairs), tuple(Left(*row) for row in stay)
+    return tuple(pairs), tuple(LeftNorm(*row) for row in stay)

@@ -105,7 +105,7 @@ class Wiring:
             for call in calls:
                 self._inside |= dict.fromkeys(range(call.first, call.end), name)
         self._names = _same_tensors(self.model)
-        self._uses = Counter(name for node in self.flow.nodes for name in set(node.held))
+        self._uses = Counter(name for node in self.flow.nodes for name in set(node.state))
         self._hooked = self._seen_by_hooks()
 
     # -- what is before a norm --------------------------------------------------------------------
@@ -208,15 +208,15 @@ class Wiring:
         """The weights that the operation ``value`` takes, if they may be changed."""
         node = self.flow.nodes[value]
         where = node.module or "(model)"
-        if len(node.inputs) != 1 or not 1 <= len(node.held) <= 2:
+        if len(node.inputs) != 1 or not 1 <= len(node.state) <= 2:
             return Refused(f"the weight of {where} is computed anew in each forward")
-        for name in node.held:
+        for name in node.state:
             others = [other for other in self._names[name] if other != name]
             if others:
                 return Refused(f"{name} is shared with {others[0]}")
             if self._uses[name] > 1:
                 return Refused(f"{name} is used {self._uses[name]} times in a forward")
-        weights = Weights(value, node.op, node.held[0], (*node.held, None)[1])
+        weights = Weights(value, node.op, node.state[0], (*node.state, None)[1])
         module = self.model.get_submodule(weights.owner)
         if hooks_of(module):
             return Refused(f"{weights.owner or '(model)'} has hooks")
@@ -304,7 +304,7 @@ def _passes(node: Node) -> bool:
     return (
         node.op in _PASSING
         and node.again is not None
-        and not node.held
+        and not node.state
         and node.dtype is not None
         and node.dtype.is_floating_point
     )

@@ -47,7 +47,7 @@ _TO_TORCH = {ours: torchs for torchs, ours in _TO_TRUENORM.items() if ours is no
 
 
 @dataclass(frozen=True)
-class Row:
+class ConvertedNorm:
     """What became of one layer.
 
     Attributes:
@@ -75,15 +75,15 @@ class Conversion:
     """
 
     model: nn.Module
-    rows: tuple[Row, ...]
+    rows: tuple[ConvertedNorm, ...]
 
     @property
-    def changed(self) -> tuple[Row, ...]:
+    def changed(self) -> tuple[ConvertedNorm, ...]:
         """What was converted."""
         return tuple(row for row in self.rows if row.changed)
 
     @property
-    def left(self) -> tuple[Row, ...]:
+    def left(self) -> tuple[ConvertedNorm, ...]:
         """What was not, with the reason in ``note``."""
         return tuple(row for row in self.rows if not row.changed)
 
@@ -152,11 +152,11 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
                 raise _Unchanged("not selected by where")
             after, note = change(module)
         except _Unchanged as why:
-            rows.append(Row(aliases[0], before, before, False, str(why)))
+            rows.append(ConvertedNorm(aliases[0], before, before, False, str(why)))
             continue
         shared = f"one layer, also {', '.join(aliases[1:])}" if aliases[1:] else ""
         note = "; ".join(part for part in (note, shared) if part)
-        rows.append(Row(aliases[0], before, after, True, note))
+        rows.append(ConvertedNorm(aliases[0], before, after, True, note))
     return Conversion(model, tuple(rows))
 
 

@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     examples: int
 
 
-class Row(NamedTuple):
+class RecalibratedNorm(NamedTuple):
     """What became of one layer's statistics.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     note: str = ""
 
 
-class Left(NamedTuple):
+class KeptNorm(NamedTuple):
     """A batch norm that was left as it is, and why."""
 
     layer: str
@@ -81,8 +81,8 @@ class Recalibration:
     """
 
     model: nn.Module
-    rows: tuple[Row, ...]
-    left: tuple[Left, ...]
+    rows: tuple[RecalibratedNorm, ...]
+    left: tuple[KeptNorm, ...]
     passes: int
     batches: int
     before: Measured | None
@@ -254,7 +254,7 @@ def _moving(settled: Convergence) -> str:
 # -- which layers -------------------------------------------------------------------------------
 
 
-def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
+def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[KeptNorm]]:
     """The batch norms to recalibrate with their names, and those to leave."""
     named = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     if not named:
@@ -268,7 +268,7 @@ def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[Left]]:
             )
         reason = why_kept(layer, training=model.training, learns=learns)
         if reason:
-            left.append(Left(name, reason))
+            left.append(KeptNorm(name, reason))
         else:
             norms[layer] = name
     return norms, left
@@ -382,14 +382,14 @@ def _rows(
     seen: dict[_BatchNorm, InputMoments],
     old: dict[_BatchNorm, tuple[Tensor, Tensor]],
     batches: int,
-    left: list[Left],
-) -> list[Row]:
+    left: list[KeptNorm],
+) -> list[RecalibratedNorm]:
     """A row for each layer with new statistics; the others go to ``left``."""
     rows = []
     for layer, name in norms.items():
         reason = _why_unwritten(layer, seen[layer])
         if reason:
-            left.append(Left(name, reason))
+            left.append(KeptNorm(name, reason))
             continue
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.data.fill_(max(batches, _half_life(layer.momentum)))
@@ -420,7 +420,9 @@ def _why_unwritten(layer: _BatchNorm, seen: InputMoments) -> str:
     return ""
 
 
-def _row(layer: _BatchNorm, name: str, seen: InputMoments, old: tuple[Tensor, Tensor]) -> Row:
+def _row(
+    layer: _BatchNorm, name: str, seen: InputMoments, old: tuple[Tensor, Tensor]
+) -> RecalibratedNorm:
     (mean, var), (new_mean, new_var) = (
         (widest(a), widest(b)) for a, b in (old, running_statistics(layer))
     )
@@ -440,4 +442,4 @@ def _row(layer: _BatchNorm, name: str, seen: InputMoments, old: tuple[Tensor, Te
             f"{unsound} channels stay: fewer than two values, or statistics beyond {mean_dtype}"
         )
     values = int(seen.moments.count.max())
-    return Row(name, drift.max().item(), ratio.max().item(), values, "; ".join(notes))
+    return RecalibratedNorm(name, drift.max().item(), ratio.max().item(), values, "; ".join(notes))
