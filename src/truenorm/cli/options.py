@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,16 @@ Label = Annotated[str | None, Parameter(help="The label's column of a .csv or .p
 Model = Annotated[str, Parameter(help="A run folder, or package.module:factory.")]
 
 
+def options_class(name: str, module: str, fields: Iterable[tuple[str, Any, Any]]) -> type[Any]:
+    """A frozen dataclass of options, whose ``fields`` are name, annotation and field.
+
+    It belongs to ``module``: else to "types", whose classes cyclopts takes for plain values.
+    """
+    options = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    options.__module__ = module
+    return options
+
+
 def _settings(*without: str) -> type[Any]:
     """TrainConfig with every field optional: what is not said is the recipe's choice."""
     hints, help_of = typing.get_type_hints(TrainConfig), config_help()
@@ -36,9 +47,7 @@ def _settings(*without: str) -> type[Any]:
         option = Annotated[optional, Parameter(help=help_of[f.name], **negative)]
         fields.append((f.name, option, dataclasses.field(default=None)))
     name = "StudySettings" if without else "Settings"
-    settings = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
-    settings.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
-    return settings
+    return options_class(name, __name__, fields)
 
 
 Settings = _settings()

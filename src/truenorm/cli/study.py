@@ -19,6 +19,7 @@ from truenorm.cli.options import (
     integers,
     listed,
     numbers,
+    options_class,
     rate,
     widths_of,
 )
@@ -48,9 +49,7 @@ def _plan_options() -> type[Any]:
             default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         option = Parameter(name=_FLAGS.get(f.name), help=f.metadata["help"])
         fields.append((f.name, Annotated[kind, option], dataclasses.field(default=default)))
-    options = dataclasses.make_dataclass("PlanOptions", fields, frozen=True, kw_only=True)
-    options.__module__ = __name__  # else "types", whose classes cyclopts takes for plain values
-    return options
+    return options_class("PlanOptions", __name__, fields)
 
 
 PlanOptions = _plan_options()
