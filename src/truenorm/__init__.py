@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from truenorm.models import build as build
     from truenorm.studies.claims.claim import Findings as Findings
     from truenorm.studies.compare import compare as compare
+    from truenorm.studies.plan import StudyPlan as StudyPlan
     from truenorm.studies.study import Study as Study
     from truenorm.training.config import TrainConfig as TrainConfig
     from truenorm.training.config import recipe as recipe
@@ -105,6 +106,7 @@ _HOMES = {
     "Scaling": "data.datasets",
     "Splits": "data.datasets",
     "Study": "studies.study",
+    "StudyPlan": "studies.plan",
     "TrainConfig": "training.config",
     "assert_frozen": "layers.conversion",
     "assert_healthy": "doctor.diagnosis",
