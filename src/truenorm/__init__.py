@@ -7,9 +7,8 @@ and ``truenorm --help`` do not wait for torch.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
-
-from truenorm.moved import MOVED
 
 __version__ = "0.1.0"
 
@@ -137,11 +136,28 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in MOVED:
-        return importlib.import_module(f"truenorm.{name}")
     if name not in _HOMES:
+        from truenorm.moved import MOVED
+
+        if name in MOVED:
+            return importlib.import_module(f"truenorm.{name}")
         raise AttributeError(f"module 'truenorm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"truenorm.{_HOMES[name]}"), name)
+
+
+class _Moved:
+    """Finds what no file has: a module of before, which a pickle or an import may name."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any, target: Any = None) -> Any:
+        if not name.startswith("truenorm."):
+            return None
+        from truenorm.moved import find_spec
+
+        return find_spec(name)
+
+
+sys.meta_path.append(_Moved)
 
 
 def __dir__() -> list[str]:

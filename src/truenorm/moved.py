@@ -7,13 +7,10 @@ by this table, and code that imports from a module of then runs; neither costs a
 from __future__ import annotations
 
 import importlib
-import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from typing import Any
 
 MOVED = {
     "claims": ("studies.claims.testing", "studies.claims.catalogue", "studies.claims.claim"),
@@ -70,18 +67,8 @@ def names_of(old: str) -> Callable[[str], Any]:
     return look_up
 
 
-class _Finder:
-    """Makes a module of then when one is imported and no file has its name.
-
-    A finder and loader by its methods alone: importlib.abc would cost every start 10 ms.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, _, old = fullname.partition(".")
-        known = package == "truenorm" and old in MOVED
-        return ModuleSpec(fullname, self) if known else None  # type: ignore[arg-type]
+class _Loader:
+    """Makes a module of then."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = ModuleType(spec.name, __doc__)
@@ -92,5 +79,8 @@ class _Finder:
         pass
 
 
-# Last, so that it is asked only for what no file has.
-sys.meta_path.append(_Finder())
+def find_spec(name: str) -> ModuleSpec | None:
+    """The spec of a module of then by its whole name, or None; the package's finder asks."""
+    if name.partition(".")[2] not in MOVED:
+        return None
+    return ModuleSpec(name, _Loader())  # type: ignore[arg-type]
