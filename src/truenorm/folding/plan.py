@@ -29,14 +29,14 @@ class Destination:
     before: Affine | None = None
     after: list[Affine] = field(default_factory=list)
 
-    def folded(self, base: Weighted | None = None) -> Weighted:
+    def folded(self) -> Weighted:
         """The new weights, in float64."""
-        made = base or self.base
+        weighted = self.base
         if self.before is not None:
-            made = made.preceded_by(self.before, padded=self.padded)
+            weighted = weighted.preceded_by(self.before, padded=self.padded)
         for affine in self.after:
-            made = made.followed_by(affine)
-        return made
+            weighted = weighted.followed_by(affine)
+        return weighted
 
 
 @dataclass
