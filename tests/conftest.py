@@ -11,6 +11,7 @@ from hypothesis import settings
 
 import truenorm
 from samples import blobs
+from truenorm.cli import main
 from truenorm.data.datasets import Splits, dataset
 
 # Deterministic, and without a clock: a slow machine must not fail a true property.
@@ -39,3 +40,17 @@ def splits():
 @pytest.fixture
 def model():
     return truenorm.build(truenorm.ModelSpec(widths=(8,)), (6,), 3, seed=0)
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    """Run a command line in an empty folder: its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*tokens):
+        with pytest.raises(SystemExit) as end:
+            main([str(t) for t in tokens])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return call

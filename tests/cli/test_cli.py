@@ -14,23 +14,7 @@ import pytest
 from children import heed_ctrl_c
 from samples import blobs
 from truenorm import ModelSpec
-from truenorm.cli import main
 from truenorm.cli.train import NewRun
-
-
-@pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder: its exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*tokens):
-        with pytest.raises(SystemExit) as end:
-            main([str(t) for t in tokens])
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return call
-
 
 QUICK = ("--data", "iris", "--epochs", 3)
 RESULT_KEYS = {

@@ -22,7 +22,6 @@ from children import heed_ctrl_c
 from rows import timeless
 from samples import blobs
 from truenorm import InputError, ModelSpec, Splits, TrainConfig, build, compare, dataset
-from truenorm.cli import main
 from truenorm.data.datasets import Uncut
 from truenorm.data.sources import uncut
 from truenorm.report import study as report
@@ -50,20 +49,6 @@ def all_rows(study):
 
 def key_of(row):
     return (row.part, row.variant, row.lr, row.seed)
-
-
-@pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder: its exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*tokens):
-        with pytest.raises(SystemExit) as end:
-            main([str(t) for t in tokens])
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return call
 
 
 # What the variants of a seed share ------------------------------------------------------------

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from truenorm.errors import InputError, choose
-from truenorm.training.config import TrainConfig
+from truenorm.training.config import TrainConfig, option
 
 Against = Literal["first", "all"]
 Tuner = Literal["grid", "optuna"]
@@ -21,11 +21,6 @@ METRICS = ("test_accuracy", "test_loss", "valid_accuracy", "valid_loss")
 SEEDS = 8  # by default, where so many can tell something
 MOST_SEEDS = 1000  # of a study until decided
 TUNING_SEEDS_FROM = 1_000_000  # so far from the judged seeds that the two never meet
-
-
-def _documented(default: Any, help: str) -> Any:
-    """A field with its help, which the command line prints."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,58 +43,56 @@ class StudyPlan:
         InputError: a value lies outside its range, or does not go with another.
     """
 
-    target: str | None = _documented(None, "The label's column of a .csv or .parquet file.")
-    model: str | Sequence[str] = _documented(
+    target: str | None = option(None, "The label's column of a .csv or .parquet file.")
+    model: str | Sequence[str] = option(
         "mlp", "mlp, convnet, resnet or transformer; several are compared norm by norm in each."
     )
-    norms: Sequence[str] = _documented(
+    norms: Sequence[str] = option(
         ("none", "batch", "group", "layer"), "Norms to compare; the first is the reference."
     )
-    batch_sizes: Sequence[int] | None = _documented(
+    batch_sizes: Sequence[int] | None = option(
         None, "Batch sizes, like 4,16,64; by default the recipe's own."
     )
-    seeds: int | Sequence[int] | None = _documented(
+    seeds: int | Sequence[int] | None = option(
         None,
         "Runs of each variant; by default 8, or as many as it takes to tell anything. "
         "With --until, those before the first look.",
     )
-    until: Until | None = _documented(
+    until: Until | None = option(
         None,
         "decided: look at the verdicts as runs come in, and stop each variant when all that is "
         "asked of it is told, or hopeless. The rate of errors holds over all looks.",
     )
-    max_seeds: int = _documented(64, "The most runs of a variant with --until.")
-    against: Against = _documented(
+    max_seeds: int = option(64, "The most runs of a variant with --until.")
+    against: Against = option(
         "first", "first: judge each norm beside the first one; all: judge every pair."
     )
-    lr: float | str = _documented(
+    lr: float | str = option(
         "recipe",
         "recipe; tune, on validation data, with as many trials for each variant; or a number.",
     )
-    grid: Sequence[float] = _documented(
+    grid: Sequence[float] = option(
         (0.001, 0.003, 0.01, 0.03, 0.1), "The learning rates that tune tries."
     )
-    tuner: Tuner = _documented(
+    tuner: Tuner = option(
         "grid",
         "grid, or optuna, which tries rates between the grid's ends and needs the extra tune.",
     )
-    trials: int | None = _documented(
+    trials: int | None = option(
         None, "How many rates optuna tries for each variant; by default as many as the grid has."
     )
-    tuning_seeds: int = _documented(2, "Seeds for each of them; they are not judged.")
-    metric: str = _documented(
-        "test_accuracy", "test_accuracy, test_loss, valid_accuracy or valid_loss."
-    )
-    margin: float | None = _documented(
+    tuning_seeds: int = option(2, "Seeds for each of them; they are not judged.")
+    metric: str = option("test_accuracy", "test_accuracy, test_loss, valid_accuracy or valid_loss.")
+    margin: float | None = option(
         None, "Differences up to this count as none, like 0.005 for half a point of accuracy."
     )
-    goal: float | None = _documented(
+    goal: float | None = option(
         None,
         "Validation accuracy to which epochs and seconds are counted; by default 0.99 of the "
         "best variant's.",
     )
-    recipe: str = _documented("default", "default, or classic: the textbook protocol.")
-    changes: Mapping[str, Any] | None = _documented(
+    recipe: str = option("default", "default, or classic: the textbook protocol.")
+    changes: Mapping[str, Any] | None = option(
         None,
         "Fields of ModelSpec and TrainConfig; a list or tuple is one variant for each value "
         "(of widths, a list of tuples).",

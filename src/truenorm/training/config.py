@@ -19,8 +19,8 @@ Recipe = Literal["default", "classic"]
 RECIPES: tuple[str, ...] = get_args(Recipe)
 
 
-def _option(default: Any, help: str) -> Any:
-    """A field with its one line of help, which the command line prints."""
+def option(default: Any, help: str) -> Any:
+    """A dataclass's field with its help, which the command line prints."""
     return field(default=default, metadata={"help": help})
 
 
@@ -32,25 +32,25 @@ class TrainConfig:
         InputError: a value lies outside its range.
     """
 
-    epochs: int = _option(20, "Train for at most this many epochs.")
-    batch_size: int = _option(64, "Examples per batch; what batch norm normalizes over.")
-    optimizer: OptimizerName = _option("adam", "Adam, AdamW, or SGD with Nesterov momentum 0.9.")
-    lr: float = _option(1e-3, "Learning rate; with a schedule, its peak.")
-    schedule: Schedule = _option("constant", "Course of the learning rate over all steps.")
-    warmup: float = _option(0.1, "One-cycle: the part of all steps in which the rate rises.")
-    patience: int = _option(3, "Stop after this many epochs without improvement.")
-    min_delta: float = _option(1e-3, "Fall of the validation loss that counts as improvement.")
-    weight_decay: float = _option(0.0, "Weight decay (L2 for adam and sgd, decoupled for adamw).")
-    l1: float = _option(0.0, "L1 penalty on the parameters that decay.")
-    decay_all: bool = _option(False, "Decay normalization parameters and biases too.")
-    label_smoothing: float = _option(0.0, "Share of each label spread over all classes.")
-    shift: int = _option(0, "Augment images: move each by up to this many pixels.")
-    accumulate: int = _option(1, "Batches whose gradients are pooled into one step.")
-    clip_norm: float | None = _option(None, "Clip the gradient to this 2-norm.")
-    amp: Amp = _option("off", "bf16 autocast; auto: where the hardware multiplies bf16.")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:N or mps.")
-    threads: int | None = _option(None, "CPU threads; by default torch's own choice.")
-    seed: int = _option(0, "Seeds initial weights, split, order, dropout and augmentation.")
+    epochs: int = option(20, "Train for at most this many epochs.")
+    batch_size: int = option(64, "Examples per batch; what batch norm normalizes over.")
+    optimizer: OptimizerName = option("adam", "Adam, AdamW, or SGD with Nesterov momentum 0.9.")
+    lr: float = option(1e-3, "Learning rate; with a schedule, its peak.")
+    schedule: Schedule = option("constant", "Course of the learning rate over all steps.")
+    warmup: float = option(0.1, "One-cycle: the part of all steps in which the rate rises.")
+    patience: int = option(3, "Stop after this many epochs without improvement.")
+    min_delta: float = option(1e-3, "Fall of the validation loss that counts as improvement.")
+    weight_decay: float = option(0.0, "Weight decay (L2 for adam and sgd, decoupled for adamw).")
+    l1: float = option(0.0, "L1 penalty on the parameters that decay.")
+    decay_all: bool = option(False, "Decay normalization parameters and biases too.")
+    label_smoothing: float = option(0.0, "Share of each label spread over all classes.")
+    shift: int = option(0, "Augment images: move each by up to this many pixels.")
+    accumulate: int = option(1, "Batches whose gradients are pooled into one step.")
+    clip_norm: float | None = option(None, "Clip the gradient to this 2-norm.")
+    amp: Amp = option("off", "bf16 autocast; auto: where the hardware multiplies bf16.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    threads: int | None = option(None, "CPU threads; by default torch's own choice.")
+    seed: int = option(0, "Seeds initial weights, split, order, dropout and augmentation.")
 
     def __post_init__(self) -> None:
         choose("optimizer", self.optimizer, get_args(OptimizerName))
