@@ -389,3 +389,13 @@ def test_images_are_shifted_only_in_training(generator):
     fit(model, splits, epochs=3, shift=2)
     assert len(seen[False]) == 2
     assert len(seen[True]) > 10
+
+
+def test_a_batch_that_leaves_one_value_is_named_by_its_own_size():
+    """Groups of one example, in three batches that are one step: the first has 5, the last 4."""
+    x, y = blobs(41)
+    splits = Splits(dataset(x[:14], y[:14]), dataset(x[14:], y[14:]))
+    model = nn.Sequential(nn.Linear(6, 3), truenorm.BatchNorm1d(3, ghost=1))
+    config = TrainConfig(epochs=1, batch_size=5, accumulate=3)
+    with pytest.raises(InputError, match="cannot normalize a batch of 5: a channel needs more"):
+        truenorm.fit(model, splits, config)

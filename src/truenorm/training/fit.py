@@ -8,7 +8,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from truenorm.data.batches import Batch
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig
@@ -18,7 +17,7 @@ from truenorm.training.history import Epoch, EpochProgress, History, Observer, S
 from truenorm.training.optimizer import learning_rate
 from truenorm.training.run import Run
 from truenorm.training.state import TrainingState
-from truenorm.training.steps import Stepper, lacks_values
+from truenorm.training.steps import LoneValues, Stepper
 
 _CHECKPOINT_SECONDS = 2.0  # the work that a kill may cost; a checkpoint costs about 20 ms
 _REPORTS = 25  # of progress in an epoch
@@ -131,9 +130,12 @@ class _Training:
         for i, (number, batches) in enumerate(stepper.steps_of(epoch)):
             try:
                 loss, share = stepper.update(number, batches)
-            except ValueError as error:
-                _refuse_lone_values(error, batches)
-                raise
+            except LoneValues as error:
+                raise InputError(
+                    f"batch norm cannot normalize a batch of {error.examples}: a channel needs "
+                    "more than one value. Use a batch_size of at least 2 and at least 2 training "
+                    "examples."
+                ) from error
             losses.append(loss)
             shares.append(share)
             done += sum(len(batch.y) for batch in batches)
@@ -177,15 +179,6 @@ class _Training:
         self.started -= self.kept_at
         for record in self.state.epochs:
             self._report(record.epoch, len(self.stepper.splits.train), record)
-
-
-def _refuse_lone_values(error: ValueError, batches: list[Batch]) -> None:
-    if lacks_values(error):
-        raise InputError(
-            f"batch norm cannot normalize a batch of {min(len(b.y) for b in batches)}: a channel "
-            "needs more than one value. Use a batch_size of at least 2 and at least 2 training "
-            "examples."
-        ) from error
 
 
 def _refuse_non_finite(losses: list[Tensor], start: int, epoch: int, lr: float) -> None:

@@ -45,6 +45,14 @@ def lacks_values(error: ValueError) -> bool:
     return ONE_VALUE in str(error)
 
 
+class LoneValues(ValueError):
+    """A batch norm met channels with one value; ``examples`` are those of its batch."""
+
+    def __init__(self, text: str, examples: int) -> None:
+        super().__init__(text)
+        self.examples = examples
+
+
 class Stepper:
     """A model in training, a step at a time.
 
@@ -109,6 +117,9 @@ class Stepper:
 
         Returns:
             The loss before it, without gradient, and its weight in an epoch's mean.
+
+        Raises:
+            LoneValues: a batch gives a batch norm one value per channel.
         """
         shares = [len(b.y) if b.weight is None else float(b.weight.sum()) for b in batches]
         total = sum(shares)
@@ -126,6 +137,11 @@ class Stepper:
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum()), total
 
     def _loss(self, batch: Batch) -> Tensor:
-        with autocast(self.device, self.amp):
-            logits = self.model(batch.x)
+        try:
+            with autocast(self.device, self.amp):
+                logits = self.model(batch.x)
+        except ValueError as error:
+            if lacks_values(error):
+                raise LoneValues(str(error), len(batch.y)) from error
+            raise
         return cross_entropy(wide(logits), batch, self.config.label_smoothing)
