@@ -1,7 +1,7 @@
-"""The modules that version 0.1.0 had, and where their names stand now.
+"""Where the names stand now that lay in modules before the wings, for those who may name them.
 
-A pickle (``torch.save(model)``, joblib) names the module of each class. What 0.1.0 pickled loads
-by this table, and code that imports from a module of then runs; neither costs anything before.
+A pickle (``torch.save(model)``, joblib) names the module of each class, and a script may import
+from the module that documentation told of. Both find it by this table, which is read only then.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RENAMED = {
 
 
 def names_of(old: str) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that finds the names which the module ``old`` had."""
+    """A module's ``__getattr__`` that finds what the module ``old`` had and still has its name."""
 
     def look_up(name: str) -> Any:
         today = RENAMED.get((old, name), name)
