@@ -29,7 +29,10 @@ def options_class(name: str, module: str, fields: Iterable[tuple[str, Any, Any]]
 
     It belongs to ``module``: else to "types", whose classes cyclopts takes for plain values.
     """
-    options = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    # Every start makes these: methods that nothing calls would cost it milliseconds.
+    options = dataclasses.make_dataclass(
+        name, fields, frozen=True, kw_only=True, eq=False, repr=False
+    )
     options.__module__ = module
     return options
 

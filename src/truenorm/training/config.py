@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from truenorm.errors import InputError, choose
 
@@ -85,8 +85,7 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-@dataclass(frozen=True)
-class _Pace:
+class _Pace(NamedTuple):
     """A default recipe before the size of the data is known."""
 
     epochs: int
