@@ -32,6 +32,9 @@ from truenorm.layers.running import (
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 
+OWN = ("_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow")
+"""The attributes of a layer that torch's has not; a pickle of the layer holds them."""
+
 
 class _Option:
     """One field of a layer's options, as an attribute of the layer."""
@@ -139,7 +142,7 @@ class BatchNorm(RunningStatistics):
             InputError: an option that this layer cannot have; it is then as it was.
         """
         _refuse(self, options)
-        if "_skipped" not in self._buffers:
+        if "_skipped" not in vars(self):
             self._begin()
         self._widen_statistics(self._buffers)
         if options.frozen != self._options.frozen:

@@ -45,6 +45,11 @@ def readable(x: Tensor, *, any_device: bool = False) -> bool:
     return not wrapped(x)
 
 
+def _abstract(x: Tensor) -> bool:
+    """Whether ``x`` is no one value: on the meta device, or many in a transform of torch.func."""
+    return x.is_meta or wrapped(x)
+
+
 def writable(statistic: Tensor) -> Tensor:
     """``statistic`` to be written, past autograd's count of versions.
 
@@ -87,14 +92,29 @@ class RunningStatistics(_BatchNorm):
 
     def _begin(self) -> None:
         """Put beside torch's buffers what these statistics need: nothing is pending or skipped."""
-        batches = self.num_batches_tracked
-        skipped = torch.zeros(
-            (), dtype=torch.int64, device=None if batches is None else batches.device
-        )
-        self.register_buffer("_skipped", skipped, persistent=False)
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._place_count()
         self._pending = []
         self._told = False
         self._options = Options()
+
+    def _place_count(self) -> None:
+        """Keep the count of skipped batches on the device of the statistics.
+
+        It is a tensor, so that counting waits for no device, but no buffer: a buffer has a key in
+        ``functional_call``, is broadcast by DistributedDataParallel, and stays on the meta device
+        where a state dict that lacks it is assigned.
+        """
+        mean = self._buffers["running_mean"]
+        if mean is not None and mean.device.type != "meta":
+            self._skipped = self._skipped.to(mean.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        counted = self._buffers.pop("_skipped", None)  # a buffer in pickles of 0.1.0
+        if counted is not None:
+            self._non_persistent_buffers_set.discard("_skipped")
+            self._skipped = counted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -102,8 +122,7 @@ class RunningStatistics(_BatchNorm):
             self._narrow = fn(torch.empty(0, dtype=self._narrow, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
-        if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
-            self._skipped.zero_()
+        self._place_count()
         return self
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
@@ -123,10 +142,11 @@ class RunningStatistics(_BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._widen_statistics(self._buffers)
+        self._place_count()
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics, what is pending and what was skipped; not if frozen."""
-        adopted = "_skipped" in self._buffers  # not while torch's constructor runs
+        adopted = "_skipped" in vars(self)  # not while torch's constructor runs
         if adopted and self._options.frozen:
             return  # torch.optim.swa_utils.update_bn resets every batch norm it finds
         super().reset_running_stats()
@@ -138,7 +158,7 @@ class RunningStatistics(_BatchNorm):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation."""
         super().train(mode)
-        if not torch.compiler.is_compiling() and not self._skipped.is_meta:
+        if not compiling():
             self._tell_of_skipped()
         return self
 
@@ -304,7 +324,14 @@ class RunningStatistics(_BatchNorm):
         return int(self._skipped)
 
     def _tally(self, finite: Tensor) -> None:
-        """Count a batch that was not finite; tell of it now if that can be read cheaply."""
+        """Count a batch that was not finite; tell of it now if that can be read cheaply.
+
+        Not in a transform of torch.func or on the meta device, where there is no one number to
+        count with, nor in an exported program, in which no one could ask for the count.
+        """
+        uncounted = torch.compiler.is_exporting() if compiling() else _abstract(finite)
+        if uncounted:
+            return
         self._skipped.add_((~finite).to(device=self._skipped.device, dtype=torch.int64))
         if readable(finite) and not bool(finite):
             self._tell_of_skipped()
