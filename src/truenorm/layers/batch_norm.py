@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
-from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional
@@ -21,6 +20,7 @@ from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
 from truenorm.layers.running import (
     NO_GRAPH_TASK,
+    STATISTICS,
     RunningStatistics,
     compiling,
     graph_task,
@@ -148,6 +148,8 @@ class BatchNorm(RunningStatistics):
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
+            for name in (*STATISTICS, "num_batches_tracked"):  # behind them, as in every state dict of torch's
+                self._buffers[name] = self._buffers.pop(name)
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
@@ -208,7 +210,7 @@ class BatchNorm(RunningStatistics):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and own["training"] and mask is residual is None and not compiling():
+        if own["_direct"] and self.training and mask is residual is None and not compiling():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
             mean = buffers["running_mean"]
             if (
@@ -221,7 +223,9 @@ class BatchNorm(RunningStatistics):
                 and (size <= functional.ROWS * features or not summed_in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
-                and len(parameters) == 2  # else one is parametrized
+                and "weight" in parameters  # else it is parametrized, pruned, or the like
+                and "bias" in parameters
+                and buffers["num_batches_tracked"] is not None
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
@@ -245,7 +249,8 @@ class BatchNorm(RunningStatistics):
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
-            out = out + residual
+            # What a NaN sends back through an activation is NaN, wherever it stood.
+            out = out + (residual if mask is None else torch.where(mask, residual, 0))
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
@@ -397,6 +402,12 @@ class _Lazy(_LazyNormBase, BatchNorm):
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
 
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)
+        super().initialize_parameters(input)  # type: ignore[no-untyped-call]
+        self.num_features = input.shape[1]
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._axes:
             wanted = " or ".join(f"{n}D" for n in self._axes)
@@ -436,10 +447,12 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
         raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
     was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
-    if options.frozen != was and parametrize.is_parametrized(layer):
+    held = layer._buffers if was else layer._parameters
+    computed = [n for n in ("weight", "bias") if n not in held and n not in layer._parameters]
+    if options.frozen != was and computed:
         raise InputError(
-            "frozen cannot be changed while weight or bias are parametrized; remove the "
-            "parametrizations first."
+            f"frozen cannot be changed while {' and '.join(computed)} is computed from other "
+            "tensors, by parametrizations, pruning or a norm of the weight; remove these first."
         )
 
 
@@ -459,8 +472,12 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     """The group of each example, and their number, over the joined batch of all ranks."""
     if options.ghost is None:
         return None, 1
-    counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
-    sizes = options.ghost_sizes(sum(counts), x.shape[2:].numel())
+    mine = (x.shape[0], x.shape[2:].numel())
+    table = [mine] if ranks is None else ranks.table(mine, x.device)
+    counts = [examples for examples, _ in table]
+    # All ranks must find the same groups: the last example has the positions of its own rank.
+    last = next((positions for examples, positions in reversed(table) if examples), 0)
+    sizes = options.ghost_sizes(sum(counts), last)
     if sizes is None:
         return None, 1
     first = 0 if ranks is None else sum(counts[: ranks.rank])

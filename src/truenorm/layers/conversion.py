@@ -42,6 +42,9 @@ _TO_TRUENORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm1d: norms.InstanceNorm1d,
     nn.InstanceNorm2d: norms.InstanceNorm2d,
     nn.InstanceNorm3d: norms.InstanceNorm3d,
+    nn.LazyInstanceNorm1d: norms.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d: norms.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d: norms.LazyInstanceNorm3d,
 }
 _TO_TORCH = {ours: torchs for torchs, ours in _TO_TRUENORM.items() if ours is not BatchNorm}
 

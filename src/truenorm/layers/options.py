@@ -57,6 +57,10 @@ class Options:
 
         The last takes what is left, or, if that is one value, it joins the group before: alone it
         has no variance.
+
+        Args:
+            examples: those of the batch.
+            positions: those of its last example.
         """
         size = self.ghost
         if size is None or examples <= size:

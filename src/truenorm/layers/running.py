@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
+from truenorm.errors import InputError
 from truenorm.layers import functional
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
@@ -163,12 +164,30 @@ class RunningStatistics(_BatchNorm):
         return self
 
     def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running mean and variance and the number of batches, past nn.Module's slow attributes."""
+        """Running mean and variance and the number of batches, past nn.Module's slow attributes.
+
+        Where the layer keeps no number (it may be set to None, as with torch's) it is 0, and lost.
+
+        Raises:
+            InputError: no number is kept, and training depends on it.
+        """
         own = self._buffers
         mean, var, batches = own["running_mean"], own["running_var"], own["num_batches_tracked"]
-        if mean is None or var is None or batches is None:
+        if mean is None or var is None:
             raise AssertionError("asked for statistics that are not tracked")
+        if batches is None:
+            self._refuse_uncounted()
+            batches = torch.zeros((), dtype=torch.int64, device=mean.device)
         return mean, var, batches
+
+    def _refuse_uncounted(self) -> None:
+        """Raise InputError if this forward needs ``num_batches_tracked``, which is None."""
+        learns = self.training and not self._options.frozen
+        if learns and (self.momentum is None or self._options.renorm is not None):
+            what = "momentum=None" if self.momentum is None else "renorm"
+            raise InputError(
+                f"{what} goes by num_batches_tracked, which is None; set it to torch.tensor(0)."
+            )
 
     # -- what is pending ---------------------------------------------------------------------
 
