@@ -148,7 +148,10 @@ class BatchNorm(RunningStatistics):
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
-            for name in (*STATISTICS, "num_batches_tracked"):  # behind them, as in every state dict of torch's
+            for name in (
+                *STATISTICS,
+                "num_batches_tracked",
+            ):  # behind them, as in every state dict of torch's
                 self._buffers[name] = self._buffers.pop(name)
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
