@@ -162,7 +162,7 @@ def test_masks_that_do_not_fit_are_refused():
 )
 def test_masked_input_of_another_size_is_refused_with_and_without_weights(layer, shape):
     mask = torch.ones(shape, dtype=torch.bool)
-    with pytest.raises(tn.InputError, match="expected .*, got input of shape"):
+    with pytest.raises(tn.InputError, match=r"expected .*, got input of shape"):
         layer(torch.zeros(shape), mask)
 
 

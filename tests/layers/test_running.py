@@ -118,7 +118,7 @@ def test_what_goes_by_the_number_of_batches_says_that_there_is_none(needs):
     assert layer.train()(torch.zeros(4, 3)).shape == (4, 3)
 
 
-# -- weights that others compute, replace or take away ----------------------------------------------
+# -- weights that others compute, replace or take away ------------------------------------------
 
 
 def pruned(layer, name):

@@ -405,10 +405,10 @@ class _Lazy(_LazyNormBase, BatchNorm):
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
 
-    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from ``input``, though there be nothing to make of it."""
         self._check_input_dim(input)
-        super().initialize_parameters(input)  # type: ignore[no-untyped-call]
+        super().initialize_parameters(input)
         self.num_features = input.shape[1]
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from truenorm.errors import InputError
 from truenorm.layers import functional
 from truenorm.layers.batch_norm import BATCH_NORMS
+from truenorm.layers.scripting import Unscriptable
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -24,7 +25,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.view(along_channels)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Unscriptable, nn.GroupNorm):
     """torch.nn.GroupNorm of (N, C, *S), with a mask (Wu and He 2018).
 
     Each example's channels are normalized in groups, over the positions that are valid.
@@ -63,7 +64,7 @@ def _masked_groups(
     return torch.where(mask, _affine(normed, *affine).to(input.dtype), 0)
 
 
-class _MaskedInstanceNorm(_InstanceNorm):
+class _MaskedInstanceNorm(Unscriptable, _InstanceNorm):
     """Instance norm with a mask, and faster than torch's on channels-last memory."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -100,12 +101,12 @@ class InstanceNorm3d(_MaskedInstanceNorm, nn.InstanceNorm3d):
 class _Lazy(_LazyNormBase, _MaskedInstanceNorm):
     """Finds the number of channels at the first forward, and then becomes its plain class."""
 
-    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from ``input``, though there be nothing to make of it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.ndim == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
             input = input.unsqueeze(0)
-        super().initialize_parameters(input)  # type: ignore[no-untyped-call]
+        super().initialize_parameters(input)
         self.num_features = input.shape[1]
 
 
@@ -127,7 +128,7 @@ class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
     cls_to_become = InstanceNorm3d
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Unscriptable, nn.LayerNorm):
     """torch.nn.LayerNorm with a mask."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -163,7 +164,7 @@ class LayerNorm(nn.LayerNorm):
         return torch.where(mask, out.to(input.dtype), 0)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Unscriptable, nn.Module):
     """Root-mean-square normalization of (N, C, *S), an example at a time.
 
     y = x / sqrt(mean(x^2 over C and S) + eps) * weight, with one weight per channel

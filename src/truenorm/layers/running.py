@@ -17,6 +17,7 @@ from truenorm.errors import InputError
 from truenorm.layers import functional
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
+from truenorm.layers.scripting import Unscriptable
 
 STATISTICS = ("running_mean", "running_var")
 compiling = torch.compiler.is_compiling
@@ -76,7 +77,7 @@ def move_by_few(
     return mean[0], var[0]
 
 
-class RunningStatistics(_BatchNorm):
+class RunningStatistics(Unscriptable, _BatchNorm):
     """What a batch norm knows of past batches: kept wide, and moved by whole, finite batches.
 
     The options say when and how the statistics move; the forward, in the layer itself, says by
@@ -111,7 +112,7 @@ class RunningStatistics(_BatchNorm):
             self._skipped = self._skipped.to(mean.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         counted = self._buffers.pop("_skipped", None)  # a buffer in pickles of 0.1.0
         if counted is not None:
             self._non_persistent_buffers_set.discard("_skipped")
