@@ -210,3 +210,142 @@ def test_a_frozen_layers_state_dict_has_torchs_keys_in_torchs_order(bias):
     assert list(layer.state_dict()) == list(theirs.state_dict())
     layer.frozen = False
     assert list(layer.state_dict()) == list(theirs.state_dict())
+
+
+# -- statistics measured anew by others ----------------------------------------------------------
+
+
+def nets(**options):
+    """Twins, of TrueNorm's norms with ``options`` and of torch's, with statistics of a training."""
+    made = []
+    for norm in (lambda: tn.BatchNorm1d(4, commit="step", **options), lambda: nn.BatchNorm1d(4)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), norm(), nn.ReLU(), nn.Linear(4, 2)).double()
+        model(normal(8, 3, seed=9) + 3).sum().backward()
+        tn.commit(model)
+        made.append(model)
+    return made
+
+
+def updated(model, data):
+    torch.optim.swa_utils.update_bn(data, model)
+    return model
+
+
+def averaged(model, data):
+    return updated(torch.optim.swa_utils.AveragedModel(model), data).module
+
+
+@torch.no_grad()
+def precise(model, data):
+    """By the statistics of each batch, read after its forward, as fvcore and its followers do."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    usual = [norm.momentum for norm in norms]
+    seen = [[] for _ in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    for batch in data:
+        model(batch)
+        for norm, moments in zip(norms, seen, strict=True):
+            moments.append((norm.running_mean.clone(), norm.running_var.clone()))
+    for norm, moments, momentum in zip(norms, seen, usual, strict=True):
+        means, variances = (torch.stack(part) for part in zip(*moments, strict=True))
+        norm.running_mean = means.mean(0)
+        norm.running_var = variances.mean(0) + means.var(0, correction=0)
+        norm.momentum = momentum
+    return model
+
+
+@torch.no_grad()
+def forgotten(model, data):
+    """With nothing but the statistics set back."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.reset_running_stats()
+    for batch in data:
+        model.train()(batch)
+    return model
+
+
+WAYS = (updated, averaged, precise, forgotten)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_who_measures_the_statistics_anew_finds_them_written(way, attached, momentum):
+    """Though the layer else waits for a step, which cannot follow."""
+    ours, theirs = nets()
+    for model in (ours, theirs):
+        model[1].momentum = momentum
+        model(normal(8, 3, seed=8)).sum().backward()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    if attached:
+        tn.attach(optimizer, ours)
+    tn.commit(ours)
+    data = list(normal(24, 3).split(8))
+    a, b = (way(model, data)[1] for model in (ours, theirs))
+    assert_close(a.running_mean, b.running_mean)
+    assert_close(a.running_var, b.running_var)
+    assert a.num_batches_tracked == b.num_batches_tracked
+    assert a.rollback() == 0
+
+
+@pytest.mark.parametrize("way", [updated, precise])
+@pytest.mark.parametrize("options", [{"ghost": 4}, {"min_count": 16}, {"act": "silu"}], ids=str)
+def test_statistics_measured_anew_are_those_of_a_layer_that_writes_at_once(way, options):
+    waits, _ = nets(**options)
+    writes = copy.deepcopy(waits)
+    writes[1].commit = "forward"
+    data = list(normal(24, 3).split(8))
+    assert_close(way(waits, data).state_dict(), way(writes, data).state_dict())
+
+
+@pytest.mark.parametrize("way", [updated, precise, forgotten])
+def test_training_goes_on_after_statistics_were_measured_anew(way):
+    """The next step commits as ever, and a validation by mistake does not count."""
+    model, _ = nets()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tn.attach(optimizer, model):
+        way(model, list(normal(24, 3).split(8)))
+        before = model[1].running_mean.clone()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(normal(8, 3, seed=5) + 50)
+        model(normal(8, 3, seed=6)).sum().backward()
+        with torch.no_grad():
+            model(normal(8, 3, seed=5) + 50)
+        assert torch.equal(model[1].running_mean, before)
+        optimizer.step()
+    seen = model[0](normal(8, 3, seed=6)).mean(0).detach()
+    assert_close(model[1].running_mean, before * 0.9 + seen * 0.1)
+
+
+def test_a_change_of_momentum_in_training_writes_nothing_early():
+    model, _ = nets()
+    before = model[1].running_mean.clone()
+    for momentum in (None, 1.0, 0.5):
+        model[1].momentum = momentum
+        model(normal(8, 3)).sum().backward()
+        with torch.no_grad():
+            model(normal(8, 3) + 50)
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_evaluation_ends_what_a_reset_began():
+    model, _ = nets()
+    model[1].reset_running_stats()
+    model.eval()
+    with torch.no_grad():
+        model.train()(normal(8, 3))
+    assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("commit", ["step", "forward"])
+def test_compiled_statistics_are_measured_anew_too(commit):
+    model, theirs = nets()
+    model[1].commit = commit
+    run = torch.compile(model, backend="aot_eager")
+    data = list(normal(24, 3).split(8))
+    torch.optim.swa_utils.update_bn(data, run)
+    assert_close(model[1].running_var, updated(theirs, data)[1].running_var)

@@ -32,7 +32,10 @@ from truenorm.layers.running import (
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 
-OWN = ("_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow")
+OWN = (
+    "_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow", "_usual", "_reset",
+    "_warned",
+)  # fmt: skip
 """The attributes of a layer that torch's has not; a pickle of the layer holds them."""
 
 
@@ -47,6 +50,27 @@ class _Option:
 
     def __set__(self, layer: BatchNorm, value: Any) -> None:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
+
+
+class _CommitOption(_Option):
+    """The option ``commit``, which a call writes what is pending by."""
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        return self if layer is None else _Commit(layer)
+
+
+class _Commit(str):
+    """The value of a layer's option ``commit``; called, it is :meth:`RunningStatistics.commit`."""
+
+    _layer: RunningStatistics
+
+    def __new__(cls, layer: BatchNorm) -> _Commit:
+        value = super().__new__(cls, layer.options.commit)
+        value._layer = layer
+        return value
+
+    def __call__(self) -> None:
+        RunningStatistics.commit(self._layer)
 
 
 class BatchNorm(RunningStatistics):
@@ -86,8 +110,9 @@ class BatchNorm(RunningStatistics):
         min_count: with fewer values per channel, normalize by the running statistics, and move
             them in proportion to the values seen, instead of raising an error.
         commit: when running statistics are written. "forward": at once. "step": pooled over all
-            forwards since the last commit and written by :meth:`commit`, which
-            ``truenorm.attach(optimizer, model)`` calls after each step of the optimizer.
+            forwards since the last commit and written when ``layer.commit()`` is called, as
+            ``truenorm.attach(optimizer, model)`` does after each step of the optimizer. Setting
+            it, like setting ``frozen``, drops what is pending.
 
     Raises:
         InputError: an option outside its range, or one that needs statistics it does not have.
@@ -136,7 +161,8 @@ class BatchNorm(RunningStatistics):
 
         Frozen turns weight and bias into buffers: no optimizer, ``requires_grad_``, weight decay
         or DDP reaches them, and their names in the state dict stay. Thawed they are new
-        parameters, which an optimizer must be given.
+        parameters, which an optimizer must be given. What is pending for a commit is dropped if
+        ``commit`` changes or the statistics are frozen.
 
         Raises:
             InputError: an option that this layer cannot have; it is then as it was.
@@ -153,6 +179,8 @@ class BatchNorm(RunningStatistics):
                 "num_batches_tracked",
             ):  # behind them, as in every state dict of torch's
                 self._buffers[name] = self._buffers.pop(name)
+        if options.frozen or options.commit != self._options.commit:
+            self._pending.clear()
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
@@ -166,6 +194,7 @@ class BatchNorm(RunningStatistics):
     frozen = _Option()
     act = _Option()
     min_count = _Option()
+    commit = _CommitOption()  # the method's name, and still callable
 
     @property
     def options(self) -> Options:
@@ -325,6 +354,8 @@ class BatchNorm(RunningStatistics):
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
             self._observe(functional.joined(parts), out)
+        elif self._pending:
+            self._recognize(functional.joined(parts))
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -362,6 +393,8 @@ class BatchNorm(RunningStatistics):
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
+        elif self._pending:
+            self._recognize(batch)
         return out
 
     # -- statistics --------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Options:
         if self.act is not None:
             choose("act", self.act, tuple(ACTIVATIONS))
         choose("commit", self.commit, get_args(Commit))
+        object.__setattr__(self, "commit", str(self.commit))  # a layer's own is more than that
 
     def set(self) -> dict[str, Any]:
         """Those that differ from their default."""
