@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import random
 import warnings
 
 import pytest
@@ -106,7 +108,7 @@ def by_hand(model, value):
     for p in model.parameters():
         if value is None:
             p.grad = None
-        else:
+        elif p.grad is not None:
             p.grad.fill_(value)
 
 
@@ -602,3 +604,89 @@ def test_a_compiled_layer_commits_by_step_too():
     for one, other in zip(statistics(compiled), statistics(eager), strict=True):
         assert_close(one, other)
     assert eager[1].num_batches_tracked == 1
+
+
+# -- in any order --------------------------------------------------------------------------
+
+
+class Books:
+    """A net in training, and which batches' gradients stand in its parameters, kept by hand."""
+
+    def __init__(self, made):
+        self.model = made()
+        self.optimizer = still(self.model)
+        self.tie = tn.attach(self.optimizer, self.model)
+        self.batches = []  # all, by number
+        self.pending = []  # numbers of those behind which no step has been taken
+        self.outs = {}  # number -> output without a backward pass yet
+        self.standing = set()
+        self.steps = []  # the numbers that each step was taken on
+
+    def forward(self, draw, *, learn=True, kept=True):
+        x = normal(draw.randint(2, 6), 3, seed=len(self.batches))
+        number = len(self.batches)
+        self.batches.append(x)
+        self.pending.append(number)
+        with torch.set_grad_enabled(learn):
+            out = self.model(x)
+        if kept:
+            self.outs[number] = out
+
+    def backward(self, draw):
+        if self.outs:
+            number = draw.choice(list(self.outs))
+            self.outs.pop(number).square().sum().backward()
+            self.standing.add(number)
+
+    def clear(self, draw):
+        CLEARED[draw.choice(list(CLEARED))](self.model, self.optimizer)
+        self.pending = [n for n in self.pending if n not in self.standing]
+        self.standing.clear()
+
+    def scale(self, draw):
+        for p in self.model.parameters():
+            p.grad = None if p.grad is None else p.grad.mul_(draw.random() + 0.1)
+
+    def step(self, draw):
+        self.optimizer.step()
+        taken = [n for n in self.pending if n in self.standing] or self.pending
+        self.steps += [taken] if taken else []
+        self.pending = []
+        self.outs.clear()  # the weights were written
+
+
+ANY = {
+    "plain": lambda: net(commit="step"),
+    "first of two norms": UNRECORDED["first of two norms"],
+    "checkpointed whole": UNRECORDED["checkpointed whole"],
+    "checkpointed from the norm on": UNRECORDED["checkpointed from the norm on"],
+}
+
+
+@pytest.mark.parametrize("made", ANY)
+@pytest.mark.parametrize("seed", range(12))
+def test_in_any_order_a_step_counts_the_forwards_whose_gradients_it_is_taken_on(made, seed):
+    draw, books = random.Random(seed), Books(ANY[made])
+    moves = [
+        books.forward, books.forward, books.backward, books.backward, books.clear, books.step,
+        books.scale, functools.partial(books.forward, learn=False, kept=False),
+        functools.partial(books.forward, kept=False),
+    ]  # fmt: skip
+    for _ in range(40):
+        draw.choice(moves)(draw)
+    books.tie.remove()
+    assert books.steps
+    norm = next(m for m in reversed(list(books.model.modules())) if isinstance(m, tn.BatchNorm))
+    seen = []
+    norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    mean, var = torch.zeros(4).double(), torch.ones(4).double()
+    for numbers in books.steps:
+        seen.clear()
+        with torch.no_grad():
+            for number in numbers:
+                books.model(books.batches[number])
+        batch = torch.cat(seen)
+        mean, var = mean * 0.9 + batch.mean(0) * 0.1, var * 0.9 + batch.var(0) * 0.1
+    assert_close(norm.running_mean, mean)
+    assert_close(norm.running_var, var)
+    assert norm.num_batches_tracked == len(books.steps)
