@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
-from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional
@@ -32,6 +31,12 @@ from truenorm.layers.running import (
 _kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 
+OWN = (
+    "_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow", "_usual", "_reset",
+    "_warned",
+)  # fmt: skip
+"""The attributes of a layer that torch's has not; a pickle of the layer holds them."""
+
 
 class _Option:
     """One field of a layer's options, as an attribute of the layer."""
@@ -44,6 +49,27 @@ class _Option:
 
     def __set__(self, layer: BatchNorm, value: Any) -> None:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
+
+
+class _CommitOption(_Option):
+    """The option ``commit``; called, what is read of it writes what is pending."""
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        return self if layer is None else _Commit(layer)
+
+
+class _Commit(str):
+    """The value of a layer's option ``commit``; called, it is :meth:`RunningStatistics.commit`."""
+
+    _layer: RunningStatistics
+
+    def __new__(cls, layer: BatchNorm) -> _Commit:
+        value = super().__new__(cls, layer.options.commit)
+        value._layer = layer
+        return value
+
+    def __call__(self) -> None:
+        RunningStatistics.commit(self._layer)
 
 
 class BatchNorm(RunningStatistics):
@@ -83,8 +109,9 @@ class BatchNorm(RunningStatistics):
         min_count: with fewer values per channel, normalize by the running statistics, and move
             them in proportion to the values seen, instead of raising an error.
         commit: when running statistics are written. "forward": at once. "step": pooled over all
-            forwards since the last commit and written by :meth:`commit`, which
-            ``truenorm.attach(optimizer, model)`` calls after each step of the optimizer.
+            forwards since the last commit and written when ``layer.commit()`` is called, as
+            ``truenorm.attach(optimizer, model)`` does after each step of the optimizer. Setting
+            it, like setting ``frozen``, drops what is pending.
 
     Raises:
         InputError: an option outside its range, or one that needs statistics it does not have.
@@ -133,18 +160,24 @@ class BatchNorm(RunningStatistics):
 
         Frozen turns weight and bias into buffers: no optimizer, ``requires_grad_``, weight decay
         or DDP reaches them, and their names in the state dict stay. Thawed they are new
-        parameters, which an optimizer must be given.
+        parameters, which an optimizer must be given. What is pending for a commit is dropped if
+        ``commit`` changes or the statistics are frozen.
 
         Raises:
             InputError: an option that this layer cannot have; it is then as it was.
         """
         _refuse(self, options)
-        if "_skipped" not in self._buffers:
+        if "_skipped" not in vars(self):
             self._begin()
         self._widen_statistics(self._buffers)
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
+            others = [name for name in self._buffers if name not in ("weight", "bias")]
+            for name in others:  # statistics stand behind them in torch's state dicts
+                self._buffers[name] = self._buffers.pop(name)
+        if options.frozen or options.commit != self._options.commit:
+            self._pending.clear()
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
@@ -158,6 +191,7 @@ class BatchNorm(RunningStatistics):
     frozen = _Option()
     act = _Option()
     min_count = _Option()
+    commit = _CommitOption()  # the method's name, and still callable
 
     @property
     def options(self) -> Options:
@@ -205,9 +239,9 @@ class BatchNorm(RunningStatistics):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and own["training"] and mask is residual is None and not compiling():
+        if own["_direct"] and self.training and mask is residual is None and not compiling():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
-            mean = buffers["running_mean"]
+            mean = buffers.get("running_mean")
             if (
                 type(input) is Tensor
                 and mean is not None
@@ -218,11 +252,13 @@ class BatchNorm(RunningStatistics):
                 and (size <= functional.ROWS * features or not summed_in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
-                and len(parameters) == 2  # else one is parametrized
+                and "weight" in parameters  # else it is parametrized, pruned, or the like
+                and "bias" in parameters
+                and (var := buffers.get("running_var")) is not None
+                and (batches := buffers.get("num_batches_tracked")) is not None
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
-                var, batches = buffers["running_var"], buffers["num_batches_tracked"]
                 before = _cat((mean, var))
                 batches.add_(_ONE)
                 momentum = own["momentum"]
@@ -242,7 +278,8 @@ class BatchNorm(RunningStatistics):
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
-            out = out + residual
+            # What a NaN sends back through an activation is NaN, wherever it stood.
+            out = out + (residual if mask is None else torch.where(mask, residual, 0))
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
@@ -314,6 +351,8 @@ class BatchNorm(RunningStatistics):
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
             self._observe(functional.joined(parts), out)
+        elif self._pending:
+            self._recognize(functional.joined(parts))
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -351,6 +390,8 @@ class BatchNorm(RunningStatistics):
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
+        elif self._pending:
+            self._recognize(batch)
         return out
 
     # -- statistics --------------------------------------------------------------------------
@@ -394,6 +435,12 @@ class _Lazy(_LazyNormBase, BatchNorm):
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
 
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._axes:
             wanted = " or ".join(f"{n}D" for n in self._axes)
@@ -433,10 +480,12 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
         raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
     was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
-    if options.frozen != was and parametrize.is_parametrized(layer):
+    held = layer._buffers if was else layer._parameters
+    computed = [n for n in ("weight", "bias") if n not in held and n not in layer._parameters]
+    if options.frozen != was and computed:
         raise InputError(
-            "frozen cannot be changed while weight or bias are parametrized; remove the "
-            "parametrizations first."
+            f"frozen cannot be changed while {' and '.join(computed)} is computed from other "
+            "tensors, by parametrizations, pruning or a norm of the weight; remove these first."
         )
 
 
@@ -456,8 +505,12 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     """The group of each example, and their number, over the joined batch of all ranks."""
     if options.ghost is None:
         return None, 1
-    counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
-    sizes = options.ghost_sizes(sum(counts), x.shape[2:].numel())
+    mine = (x.shape[0], x.shape[2:].numel())
+    table = [mine] if ranks is None else ranks.table(mine, x.device)
+    counts = [examples for examples, _ in table]
+    # All ranks must find the same groups: the last example has the positions of its own rank.
+    last = next((positions for examples, positions in reversed(table) if examples), 0)
+    sizes = options.ghost_sizes(sum(counts), last)
     if sizes is None:
         return None, 1
     first = 0 if ranks is None else sum(counts[: ranks.rank])

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional
 from truenorm.layers.batch_norm import BATCH_NORMS
+from truenorm.layers.scripting import Unscriptable
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -23,7 +25,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.view(along_channels)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Unscriptable, nn.GroupNorm):
     """torch.nn.GroupNorm of (N, C, *S), with a mask (Wu and He 2018).
 
     Each example's channels are normalized in groups, over the positions that are valid.
@@ -33,7 +35,17 @@ class GroupNorm(nn.GroupNorm):
         """Normalize ``input`` (N, C, *S); ``mask`` as for :class:`truenorm.BatchNorm`."""
         if mask is None:
             return super().forward(input)
+        _check_channels(self, input, self.num_channels)
         return _masked_groups(input, mask, self.num_groups, (self.weight, self.bias), self.eps)
+
+
+def _check_channels(layer: nn.Module, input: Tensor, channels: int) -> None:
+    """Raise InputError unless ``input`` is (N, channels, *S); weights, if any, would not fit."""
+    if input.ndim < 2 or input.shape[1] != channels:
+        raise InputError(
+            f"{type(layer).__name__} expected {channels} channels in axis 1, got input of shape "
+            f"{tuple(input.shape)}."
+        )
 
 
 def _masked_groups(
@@ -44,8 +56,6 @@ def _masked_groups(
     eps: float,
 ) -> Tensor:
     mask = functional.valid(mask, input)
-    if input.shape[1] % groups:
-        raise InputError(f"expected channels divisible by {groups}, got {tuple(input.shape)}.")
     x = functional.wide(torch.where(mask, input, 0))
     shape = (x.shape[0], groups, -1, *x.shape[2:])
     grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
@@ -54,7 +64,7 @@ def _masked_groups(
     return torch.where(mask, _affine(normed, *affine).to(input.dtype), 0)
 
 
-class _MaskedInstanceNorm(_InstanceNorm):
+class _MaskedInstanceNorm(Unscriptable, _InstanceNorm):
     """Instance norm with a mask, and faster than torch's on channels-last memory."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -66,6 +76,7 @@ class _MaskedInstanceNorm(_InstanceNorm):
                     "a mask needs input with a batch axis and track_running_stats=False, got "
                     f"input of shape {tuple(input.shape)} and {self.track_running_stats}."
                 )
+            _check_channels(self, input, self.num_features)
             affine = (self.weight, self.bias)
             return _masked_groups(input, mask, input.shape[1], affine, self.eps)
         # Instance norm is group norm with a group for each channel, whose kernel knows the layout.
@@ -87,7 +98,37 @@ class InstanceNorm3d(_MaskedInstanceNorm, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with a mask."""
 
 
-class LayerNorm(nn.LayerNorm):
+class _Lazy(_LazyNormBase, _MaskedInstanceNorm):
+    """Finds the number of channels at the first forward, and then becomes its plain class."""
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if input.ndim == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
+            input = input.unsqueeze(0)
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
+
+class LazyInstanceNorm1d(_Lazy, InstanceNorm1d):
+    """:class:`InstanceNorm1d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm1d
+
+
+class LazyInstanceNorm2d(_Lazy, InstanceNorm2d):
+    """:class:`InstanceNorm2d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm2d
+
+
+class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
+    """:class:`InstanceNorm3d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm3d
+
+
+class LayerNorm(Unscriptable, nn.LayerNorm):
     """torch.nn.LayerNorm with a mask."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -101,6 +142,11 @@ class LayerNorm(nn.LayerNorm):
         if mask is None:
             return super().forward(input)
         axes = tuple(range(input.ndim - len(self.normalized_shape), input.ndim))
+        if tuple(input.shape[axes[0] :]) != tuple(self.normalized_shape) or axes[0] < 0:
+            raise InputError(
+                f"LayerNorm expected trailing axes {tuple(self.normalized_shape)}, got input of "
+                f"shape {tuple(input.shape)}."
+            )
         if mask.ndim == axes[0]:
             mask = mask.view(*mask.shape, *(1,) * len(axes))
         if mask.dtype != torch.bool or mask.ndim != input.ndim:
@@ -118,21 +164,35 @@ class LayerNorm(nn.LayerNorm):
         return torch.where(mask, out.to(input.dtype), 0)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Unscriptable, nn.Module):
     """Root-mean-square normalization of (N, C, *S), an example at a time.
 
     y = x / sqrt(mean(x^2 over C and S) + eps) * weight, with one weight per channel
     (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). ``torch.nn.RMSNorm``
     normalizes trailing axes only and would need one weight per position of an image.
+
+    Args:
+        num_channels: C.
+        eps: added to the mean of the squares.
+        device: of the weight.
+        dtype: of the weight.
     """
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_channels, self.eps = num_channels, eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
+        _check_channels(self, x, self.num_channels)
         axes = tuple(range(1, x.ndim))
         values, count = functional.wide(x), None
         if mask is not None:
