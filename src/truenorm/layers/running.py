@@ -14,14 +14,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.layers import functional
+from truenorm.layers.capture import (
+    NO_GRAPH_TASK,
+    captured,
+    compiling,
+    graph_task,
+    readable,
+    wrapped,
+)
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
 
 STATISTICS = ("running_mean", "running_var")
-compiling = torch.compiler.is_compiling
-graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
-NO_GRAPH_TASK = -1
-wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
@@ -36,22 +40,13 @@ class Forward:
         self.reached_by_gradient = True
 
 
-def readable(x: Tensor, *, any_device: bool = False) -> bool:
-    """Whether a value can be looked at, and cheaply: no graph capture, no device to wait for."""
-    if compiling() or type(x) is not Tensor:
-        return False
-    if not (x.is_cpu or (any_device and not x.is_meta)):
-        return False
-    return not wrapped(x)
-
-
 def writable(statistic: Tensor) -> Tensor:
     """``statistic`` to be written, past autograd's count of versions.
 
     The backward of a training forward holds the running statistics without looking at them, so
     writing them between is no error; torch's own kernel does not count its writes either.
     """
-    return statistic if compiling() else statistic.data
+    return statistic if captured() or wrapped(statistic) else statistic.data
 
 
 def move_by_few(
@@ -275,13 +270,17 @@ class RunningStatistics(_BatchNorm):
         Its variance tells: no value that is not finite leaves it finite. What was broken before
         the batch, by an old checkpoint, is not this batch's doing.
         """
-        mean, var, batches = self._statistics()
-        old_mean, old_var = before.chunk(2)
+        old_var, var = before.chunk(2)[1], self._statistics()[1]
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            writable(mean).copy_(old_mean)
-            writable(var).copy_(old_var)
-            batches.sub_(1)
+            self._undo(before)
             self._tally(torch.tensor(False))
+
+    def _undo(self, before: Tensor) -> None:
+        """Restore mean and variance, joined in ``before``, and count a batch less."""
+        mean, var, batches = self._statistics()
+        for now, old in zip((mean, var), before.chunk(2), strict=True):
+            writable(now).copy_(old)
+        batches.sub_(1)
 
     def _finite(self, parts: Moments) -> Tensor:
         """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
