@@ -228,7 +228,7 @@ class BatchNorm(RunningStatistics):
                         self._undo_if_poisoned(before)
                 else:
                     self._undo(before)
-                    out = self._by_kernel(input, [input.size(0)], far=True)
+                    out = self._by_kernel(input, [input.size(0)], again=True)
                 act = own["_options"].act
                 return out if act is None else ACTIVATIONS[act](out)
         if not isinstance(input, Tensor):
@@ -279,7 +279,7 @@ class BatchNorm(RunningStatistics):
         weight, bias = self._affine_in(dtype)
         return kernel.by_running(x, (mean, var), (weight, bias), self.eps)
 
-    def _by_kernel(self, x: Tensor, sizes: list[int], *, far: bool = False) -> Tensor:
+    def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
         positions = x.shape[2:].numel()
@@ -288,7 +288,7 @@ class BatchNorm(RunningStatistics):
             count = part.shape[0] * positions
             dtype = functional.statistics_dtype(x)
             affine = self._affine_in(dtype) if renorm is None else (None, None)
-            out, mean, var = kernel.batch_norm(part, affine, self.eps, far=far)
+            out, mean, var = kernel.batch_norm(part, affine, self.eps, again=again)
             batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
                 running_mean, running_var, batches = self._statistics()

@@ -254,7 +254,7 @@ def normalize(
 
 
 def scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """x * scale + offset, (C,) each, in one sweep forward and one backward.
+    """Scale and shift channels by (C,) each, in one sweep forward and one backward.
 
     The kernel is that of batch norm in evaluation; its backward is not asked to add up more
     rows than it can: see :data:`ROWS`.
@@ -298,10 +298,16 @@ def in_rows(x: Tensor) -> bool:
     """Whether the channels of ``x`` lie side by side, so that torch's kernel for rows is used."""
     if x.is_contiguous():
         return x.numel() == x.size(0) * x.size(1)
-    if x.ndim not in (4, 5):
-        return False
-    rows = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=rows)
+    return layout_of(x) is not torch.contiguous_format
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels-last, if ``x`` (N, C, *S) is that and not contiguous, too."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    rows = formats.get(x.ndim)
+    if rows is None or x.is_contiguous() or not x.is_contiguous(memory_format=rows):
+        return torch.contiguous_format
+    return rows
 
 
 def masked_moments(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

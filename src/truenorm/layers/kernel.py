@@ -29,12 +29,12 @@ from truenorm.layers.functional import (
 )
 
 _PART = 2**12  # rows that are added up in one go where there are more
-_FAR = 2**10  # r up to which the mean may be folded into the bias: output within 1e-4
+FAR = 2**10  # r up to which the mean may be folded into the bias: output within 1e-4
 _FAR_IN_ROWS = 2**18  # n r of the kernel for rows: mean within 1/64 std, variance within 1/4096
 
 
 def batch_norm(
-    x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float, *, far: bool = False
+    x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float, *, again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch normalization in training: the output, and the batch's mean and biased variance, (C,).
 
@@ -45,7 +45,7 @@ def batch_norm(
         x: (N, C, *S), with at least two values a channel.
         affine: weight and bias, (C,) or None for 1 and 0, in the dtype of statistics of ``x``.
         eps: added to the variance.
-        far: whether the kernel has been found wrong for this ``x``.
+        again: whether the kernel has been found wrong for this ``x``.
     """
     blind = not readable(x)
     if blind and not captured() and wrapped(x):
@@ -55,7 +55,7 @@ def batch_norm(
     if blind:
         return (_by_operations if in_rows(x) else _by_kernel)(x, affine, eps)
     by = _in_parts if in_rows(x) and x.numel() > ROWS * x.shape[1] else _by_kernel
-    if not far:
+    if not again:
         out, mean, var = by(x, affine, eps)
         if not doubtful(x, mean, var + eps):
             return out, mean, var
@@ -73,7 +73,7 @@ def by_running(
     """Batch norm by running mean and variance, (C,), in the dtype of statistics of ``x``."""
     (mean, var), values = running, x
     look = readable(x) and x.dtype != torch.float64 and not surely_near(mean, 1, eps)
-    if look and _far(mean, var + eps, _FAR):
+    if look and far(mean, var + eps):
         values, mean = wide(x) - along_channels(mean, x), torch.zeros_like(mean)
     out = F.batch_norm(values, mean, var, *affine, False, 0.0, eps)
     return out if values is x else out.to(x.dtype)
@@ -83,7 +83,7 @@ def doubtful(x: Tensor, mean: Tensor, spread: Tensor) -> bool:
     """Whether the kernel that found mean and var + eps, (C,), of ``x`` may have been wrong."""
     if x.dtype == torch.float64:
         return False
-    return _far(mean, spread, _limit(x.numel() // x.shape[1], rows=in_rows(x)))
+    return far(mean, spread, _limit(x.numel() // x.shape[1], rows=in_rows(x)))
 
 
 def surely_near(mean: Tensor, count: int, eps: float) -> bool:
@@ -98,11 +98,11 @@ def surely_near(mean: Tensor, count: int, eps: float) -> bool:
 def _limit(count: int, *, rows: bool) -> float:
     """The r up to which torch's kernel is right for ``count`` values a channel."""
     if not rows:
-        return _FAR
-    return min(_FAR, _FAR_IN_ROWS / (count if count <= ROWS else _PART))
+        return FAR
+    return min(FAR, _FAR_IN_ROWS / (count if count <= ROWS else _PART))
 
 
-def _far(mean: Tensor, spread: Tensor, limit: float) -> bool:
+def far(mean: Tensor, spread: Tensor, limit: float = FAR) -> bool:
     """Whether some mean is more than ``limit`` standard deviations from 0, or is none."""
     return not bool((mean.square() <= limit**2 * spread).all())
 
@@ -165,7 +165,7 @@ class _InParts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = _rows(x).split(_PART)
+        parts = torch.split(_rows(x), _PART)
         still = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
         found = [torch.batch_norm_update_stats(part, *still, 0.0) for part in parts]
         count = torch.tensor([[len(part)] for part in parts], dtype=torch.float64)
@@ -207,7 +207,7 @@ def _gradients_in_parts(
     mean, inverse = stats
     count = x.numel() // x.shape[1]
     sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
-    for part, along in zip(_rows(x).split(_PART), _rows(grad).split(_PART), strict=True):
+    for part, along in zip(*(torch.split(_rows(v), _PART) for v in (x, grad)), strict=True):
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             along, part, None, None, None, mean, inverse, True, 0.0, [False, True, True]
         )
