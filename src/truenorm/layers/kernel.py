@@ -28,9 +28,10 @@ from truenorm.layers.functional import (
     widest,
 )
 
-_PART = 2**12  # rows that are added up in one go where there are more
+_PART = 2**14  # rows that are added up in one go where there are more
 FAR = 2**10  # r up to which the mean may be folded into the bias: output within 1e-4
-_FAR_IN_ROWS = 2**18  # n r of the kernel for rows: mean within 1/64 std, variance within 1/4096
+_FAR_IN_ROWS = 2**17  # n r of the kernel for rows: mean within 1/128 std, variance within 1e-4
+_TRIES = 3  # after one the mean left is that of rounding, which a constant channel still has
 
 
 def batch_norm(
@@ -47,20 +48,23 @@ def batch_norm(
         eps: added to the variance.
         again: whether the kernel has been found wrong for this ``x``.
     """
-    blind = not readable(x)
-    if blind and not captured() and wrapped(x):
-        return _by_operations(x, affine, eps)
-    if not x.is_cpu or x.dtype == torch.float64:
+    single = x.is_cpu and x.dtype != torch.float64
+    if not readable(x):
+        by = _by_operations if (single if captured() else wrapped(x)) else _by_kernel
+        return by(x, affine, eps)
+    if not single:
         return _by_kernel(x, affine, eps)
-    if blind:
-        return (_by_operations if in_rows(x) else _by_kernel)(x, affine, eps)
     by = _in_parts if in_rows(x) and x.numel() > ROWS * x.shape[1] else _by_kernel
-    if not again:
-        out, mean, var = by(x, affine, eps)
-        if not doubtful(x, mean, var + eps):
-            return out, mean, var
-    shift = _over_channels(wide(x.detach())).flatten()
-    out, mean, var = by(wide(x) - along_channels(shift, x), affine, eps)
+    values, shift = x, x.new_zeros((), dtype=statistics_dtype(x))
+    for left in reversed(range(_TRIES)):
+        if not again:
+            out, mean, var = by(values, affine, eps)
+            if not (left and doubtful(values, mean, var + eps)):
+                break
+        again = False
+        values = wide(values)
+        found = _over_channels(values.detach())
+        values, shift = values - found, shift + found.flatten()
     return out.to(x.dtype), shift + mean, var
 
 
@@ -83,7 +87,7 @@ def doubtful(x: Tensor, mean: Tensor, spread: Tensor) -> bool:
     """Whether the kernel that found mean and var + eps, (C,), of ``x`` may have been wrong."""
     if x.dtype == torch.float64:
         return False
-    return far(mean, spread, _limit(x.numel() // x.shape[1], rows=in_rows(x)))
+    return far(mean, spread, _limit(x))
 
 
 def surely_near(mean: Tensor, count: int, eps: float) -> bool:
@@ -95,11 +99,13 @@ def surely_near(mean: Tensor, count: int, eps: float) -> bool:
     return squares * max(count, 256) ** 2 <= _FAR_IN_ROWS**2 * eps
 
 
-def _limit(count: int, *, rows: bool) -> float:
-    """The r up to which torch's kernel is right for ``count`` values a channel."""
-    if not rows:
+def _limit(x: Tensor) -> float:
+    """The r up to which torch's kernel is right for ``x``."""
+    rows = in_rows(x)
+    if not rows and x.is_contiguous():
         return FAR
-    return min(FAR, _FAR_IN_ROWS / (count if count <= ROWS else _PART))
+    count = x.numel() // x.shape[1]
+    return min(FAR, _FAR_IN_ROWS / (min(count, ROWS) if rows else count))
 
 
 def far(mean: Tensor, spread: Tensor, limit: float = FAR) -> bool:
