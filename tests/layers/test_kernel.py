@@ -308,7 +308,7 @@ def test_a_large_running_mean_costs_the_output_nothing(shape, options, layout):
     )
     slope = weight / (var + 1e-5).sqrt()
     right = (x.double() - mean) * slope
-    if layout != "every second":
+    if layout in {"contiguous", "channels last"}:
         assert (theirs(x).double() - right).abs().max() > 1e-3
     given = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(given)

@@ -310,17 +310,18 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return rows
 
 
-def masked_moments(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the valid values along ``axes``, kept as axes of one.
+def standardized(x: Tensor, mask: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) of the valid values along ``axes``.
 
-    ``x`` is zero where the mask is False; without any valid value both are zero.
+    ``x`` is zero where the mask is False; what comes of that is not to be used.
     """
     count = mask.expand(x.shape).sum(axes, keepdim=True).clamp(min=1)
-    mean = x.sum(axes, keepdim=True) / count
-    centred = torch.where(mask, x - mean, 0)
-    slip = centred.sum(axes, keepdim=True) / count
-    var = centred.square().sum(axes, keepdim=True) / count - slip.square()
-    return mean + slip, var
+    centred = x - x.sum(axes, keepdim=True) / count
+    # Once more: a mean that is large is rounded to a part of a standard deviation.
+    slip = torch.where(mask, centred, 0).sum(axes, keepdim=True) / count
+    centred = centred - slip
+    var = torch.where(mask, centred, 0).square().sum(axes, keepdim=True) / count
+    return centred * torch.rsqrt(var + eps)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

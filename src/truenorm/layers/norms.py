@@ -90,9 +90,8 @@ def _masked_groups(
     x = functional.wide(torch.where(mask, input, 0))
     shape = (x.shape[0], groups, -1, *x.shape[2:])
     grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
-    mean, var = functional.masked_moments(grouped, cells, tuple(range(2, grouped.ndim)))
-    normed = ((grouped - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
-    return torch.where(mask, _affine(normed, *affine).to(input.dtype), 0)
+    normed = functional.standardized(grouped, cells, tuple(range(2, grouped.ndim)), eps)
+    return torch.where(mask, _affine(normed.flatten(1, 2), *affine).to(input.dtype), 0)
 
 
 class _MaskedInstanceNorm(_InstanceNorm):
@@ -150,8 +149,7 @@ class LayerNorm(nn.LayerNorm):
                 f"{tuple(input.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
             )
         x = functional.wide(torch.where(mask, input, 0))
-        mean, var = functional.masked_moments(x, mask, axes)
-        out = (x - mean) * torch.rsqrt(var + self.eps)
+        out = functional.standardized(x, mask, axes, self.eps)
         if self.weight is not None:
             out = out * self.weight
         if self.bias is not None:
