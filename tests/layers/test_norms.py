@@ -135,6 +135,89 @@ def test_without_a_mask_they_are_torchs(layout):
             assert ours(x).stride() == x.stride()
 
 
+@pytest.mark.parametrize("mean", [0, 10, 300, 1000, 1e5, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_no_mean_costs_precision(layout, masked, mean):
+    for shape in ((2, 8, 64, 64), (3, 8, 5), (2, 8, 3, 5, 6)):
+        x = normal(*shape, dtype=torch.float32) + mean
+        if layout == "channels last":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        instance = (tn.InstanceNorm1d, tn.InstanceNorm2d, tn.InstanceNorm3d)[x.ndim - 3]
+        for layer, groups in [
+            (instance(8, affine=True), 8),
+            (tn.GroupNorm(8, 8), 8),
+            (tn.GroupNorm(2, 8), 2),
+            (tn.LayerNorm(shape[1:]), 1),
+        ]:
+            affine(layer)
+            grad = normal(*shape, seed=1, dtype=torch.float32)
+            given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = layer(given, torch.ones(x.shape, dtype=torch.bool) if masked else None)
+            y.backward(grad)
+            exact = x.double().requires_grad_()
+            blocks = exact.reshape(len(x), groups, -1)
+            normed = (blocks - blocks.mean(-1, True)) / (
+                blocks.var(-1, correction=0, keepdim=True) + EPS
+            ).sqrt()
+            along = layer.weight.shape if layer.weight.ndim > 1 else (-1, *(1,) * (x.ndim - 2))
+            right = normed.reshape(shape) * layer.weight.view(along) + layer.bias.view(along)
+            right.backward(grad.double())
+            assert_close(y.double(), right, rtol=2e-4, atol=2e-4)
+            assert_close(given.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_kernels_lose_a_large_mean():
+    x = (normal(2, 8, 64, 64, dtype=torch.float32) + 1000).to(memory_format=torch.channels_last)
+    right = nn.GroupNorm(8, 8).double()(x.double())
+    assert (nn.GroupNorm(8, 8)(x).double() - right).abs().max() > 100
+    far = normal(4, 64, dtype=torch.float32) + 1e6
+    assert (
+        nn.LayerNorm(64)(far).double() - nn.LayerNorm(64).double()(far.double())
+    ).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", [tn.InstanceNorm1d, tn.InstanceNorm2d, tn.InstanceNorm3d])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_one_position_has_no_variance_for_instance_norm(kind, layout):
+    axes = kind(3)._get_no_batch_dim() - 1
+    x = torch.ones(2, 3, *(1,) * axes)
+    if layout == "channels last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        kind(3)(x)
+
+
+def test_group_norm_of_one_value_is_refused_as_torchs():
+    for layer in (tn.GroupNorm(3, 3), nn.GroupNorm(3, 3)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            layer(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_group_norm_keeps_layout_and_dtype(dtype):
+    x = (normal(2, 4, 5, 6) + 200).to(dtype).to(memory_format=torch.channels_last)
+    y = tn.GroupNorm(2, 4).to(dtype)(x)
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    close = {} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    assert_close(y.double(), nn.GroupNorm(2, 4).double()(x.double()), **close)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [tn.GroupNorm(2, 4), tn.InstanceNorm2d(4), tn.LayerNorm((4, 5, 6))],
+    ids=lambda m: type(m).__name__,
+)
+def test_the_others_compile_whole_and_vmap(layer):
+    x = normal(3, 2, 4, 5, 6, dtype=torch.float32) + 3
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(
+        x[0].to(memory_format=torch.channels_last)
+    )
+    assert_close(y, layer(x[0]))
+    assert_close(torch.func.vmap(layer)(x), torch.stack([layer(one) for one in x]))
+
+
 def test_masks_that_do_not_fit_are_refused():
     x = normal(2, 4, 5)
     with pytest.raises(tn.InputError, match="mask must be a bool"):

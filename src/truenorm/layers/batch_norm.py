@@ -7,28 +7,21 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.errors import InputError
-from truenorm.layers import functional
-from truenorm.layers.functional import ACTIVATIONS, Moments, summed_in_rows, widest
+from truenorm.layers import functional, kernel
+from truenorm.layers.capture import NO_GRAPH_TASK, captured, graph_task, readable, wrapped
+from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
-from truenorm.layers.running import (
-    NO_GRAPH_TASK,
-    RunningStatistics,
-    compiling,
-    graph_task,
-    readable,
-    wrapped,
-)
+from truenorm.layers.running import RunningStatistics
 
 # Looked up once: see BatchNorm.forward.
-_kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
+_kernel, _cat, _isfinite = torch.native_batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 
 OWN = (
@@ -85,8 +78,6 @@ class BatchNorm(RunningStatistics):
     - so does a forward inside a backward pass: activation checkpointing counts once;
     - so does an empty batch;
     - large means cost no precision, in any memory layout.
-
-    Inside transforms of torch.func it is torch's layer without these differences.
 
     Args:
         num_features: C.
@@ -239,7 +230,7 @@ class BatchNorm(RunningStatistics):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and self.training and mask is residual is None and not compiling():
+        if own["_direct"] and self.training and mask is residual is None and not captured():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
             mean = buffers.get("running_mean")
             if (
@@ -249,7 +240,7 @@ class BatchNorm(RunningStatistics):
                 and input.dim() in self._axes
                 and input.size(1) == features  # input.shape costs as much as all these lines
                 and (size := input.numel()) >= own["_least"] * features
-                and (size <= functional.ROWS * features or not summed_in_rows(input))
+                and (size <= functional.ROWS * features or not in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
                 and "weight" in parameters  # else it is parametrized, pruned, or the like
@@ -265,9 +256,15 @@ class BatchNorm(RunningStatistics):
                 if momentum is None:
                     momentum = 1 / int(batches)
                 weight, bias = parameters["weight"], parameters["bias"]
-                out = _kernel(input, weight, bias, mean, var, True, momentum, own["eps"], False)
-                if not _isfinite(var.dot(var).item()):
-                    self._undo_if_poisoned(before)
+                eps = own["eps"]
+                out, center, inverse = _kernel(input, weight, bias, mean, var, True, momentum, eps)
+                near = kernel.surely_near(center, size // features, eps)
+                if near or not kernel.doubtful(input, center, inverse**-2):
+                    if not _isfinite(var.dot(var).item()):
+                        self._undo_if_poisoned(before)
+                else:
+                    self._undo(before)
+                    out = self._by_kernel(input, [input.size(0)], again=True)
                 act = own["_options"].act
                 return out if act is None else ACTIVATIONS[act](out)
         if not isinstance(input, Tensor):
@@ -278,14 +275,15 @@ class BatchNorm(RunningStatistics):
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
-            # What a NaN sends back through an activation is NaN, wherever it stood.
-            out = out + (residual if mask is None else torch.where(mask, residual, 0))
+            out = _plus(out, residual, mask)
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
 
     def _normalized(self, x: Tensor, mask: Tensor | None) -> Tensor:
         options = self._options
+        if self.running_mean is None:
+            _refuse_without_statistics(options)
         if options.frozen or not (self.training or self.running_mean is None):
             return self._by_running(x)
         if mask is not None or (self.training and options.sync):
@@ -297,20 +295,7 @@ class BatchNorm(RunningStatistics):
             raise InputError(one_value(x))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
-        if self._direct and self._tracks() and not compiling() and wrapped(x):
-            return self._in_transform(x)
         return self._by_kernel(x, sizes)
-
-    def _in_transform(self, x: Tensor) -> Tensor:
-        """Inside a transform of torch.func, such as an ensemble under vmap: as torch's layer.
-
-        No value can be looked at there, so a batch that is not finite is written, too.
-        """
-        mean, var, batches = self._statistics()
-        batches.add_(1)
-        momentum = 1 / float(batches) if self.momentum is None else self.momentum
-        affine = self._affine_in(mean.dtype)
-        return torch.batch_norm(x, *affine, mean, var, True, momentum, self.eps, x.is_cuda)
 
     def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in ``dtype``; no operation where they have it: graphs stay clean."""
@@ -324,28 +309,28 @@ class BatchNorm(RunningStatistics):
 
     def _by_running(self, x: Tensor) -> Tensor:
         mean, var, _ = self._statistics()
-        weight, bias = self._affine_in(mean.dtype)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        dtype = functional.statistics_dtype(x)
+        if mean.dtype != dtype:
+            mean, var = mean.to(dtype), var.to(dtype)
+        weight, bias = self._affine_in(dtype)
+        return kernel.by_running(x, (mean, var), (weight, bias), self.eps)
 
-    def _by_kernel(self, x: Tensor, sizes: list[int]) -> Tensor:
+    def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
         positions = x.shape[2:].numel()
         outs, parts = [], []
         for part in torch.split(x, sizes) if len(sizes) > 1 else [x]:
             count = part.shape[0] * positions
-            mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
-            var = torch.zeros_like(mean)
-            affine = self._affine_in(mean.dtype) if renorm is None else (None, None)
-            out = functional.batch_norm(part, (mean, var), affine, 1.0, self.eps)
-            batch = Moments(
-                mean[None], var[None] * ((count - 1) / count), mean.new_full((1, 1), count)
-            )
+            dtype = functional.statistics_dtype(x)
+            affine = self._affine_in(dtype) if renorm is None else (None, None)
+            out, mean, var = kernel.batch_norm(part, affine, self.eps, again=again)
+            batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
                 running_mean, running_var, batches = self._statistics()
                 r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
-                correction = r[0].to(mean.dtype), d[0].to(mean.dtype)
-                out = functional.renormalize(out, correction, self._affine_in(mean.dtype))
+                correction = r[0].to(dtype), d[0].to(dtype)
+                out = functional.renormalize(out, correction, self._affine_in(dtype))
             outs.append(out)
             parts.append(batch)
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -474,9 +459,8 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
         )
     if not layer.eps >= 0:
         raise InputError(f"eps must be at least 0, got {layer.eps!r}.")
-    for name in ("renorm", "min_count", "frozen"):
-        if getattr(options, name) and not layer.track_running_stats:
-            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
+    if not layer.track_running_stats:
+        _refuse_without_statistics(options)
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
         raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
     was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
@@ -487,6 +471,12 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
             f"frozen cannot be changed while {' and '.join(computed)} is computed from other "
             "tensors, by parametrizations, pruning or a norm of the weight; remove these first."
         )
+
+
+def _refuse_without_statistics(options: Options) -> None:
+    for name in ("renorm", "min_count", "frozen"):
+        if getattr(options, name):
+            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
 
 
 def _move_affine(layer: BatchNorm, name: str, *, frozen: bool) -> None:
@@ -514,8 +504,24 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     if sizes is None:
         return None, 1
     first = 0 if ranks is None else sum(counts[: ranks.rank])
-    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return ids[first : first + x.shape[0]].to(x.device), len(sizes)
+    ids = torch.arange(first, first + x.shape[0], device=x.device) // options.ghost
+    return ids.clamp(max=len(sizes) - 1), len(sizes)  # a last one alone joins those before
+
+
+def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
+    """``out`` + ``residual`` where it is valid, with the dtype of ``out``.
+
+    Raises:
+        InputError: the two have other shapes.
+    """
+    if residual.shape != out.shape:
+        raise InputError(
+            f"residual must have the input's shape {tuple(out.shape)}, got "
+            f"{tuple(residual.shape)}; expand() one that should be repeated."
+        )
+    if mask is not None:  # what a NaN sends back through an activation is NaN, wherever it stood
+        residual = torch.where(mask, residual, 0)
+    return (out + residual).to(out.dtype)
 
 
 def _has_one_value(count: Tensor) -> bool:

@@ -16,15 +16,19 @@ from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.errors import InputError
 from truenorm.layers import functional
+from truenorm.layers.capture import (
+    NO_GRAPH_TASK,
+    captured,
+    compiling,
+    graph_task,
+    readable,
+    wrapped,
+)
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
 from truenorm.layers.scripting import Unscriptable
 
 STATISTICS = ("running_mean", "running_var")
-compiling = torch.compiler.is_compiling
-graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
-NO_GRAPH_TASK = -1
-wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
@@ -64,15 +68,6 @@ class Forward:
 _numbers = itertools.count()
 
 
-def readable(x: Tensor, *, any_device: bool = False) -> bool:
-    """Whether a value can be looked at, and cheaply: no graph capture, no device to wait for."""
-    if compiling() or type(x) is not Tensor:
-        return False
-    if not (x.is_cpu or (any_device and not x.is_meta)):
-        return False
-    return not wrapped(x)
-
-
 def _abstract(x: Tensor) -> bool:
     """Whether ``x`` is no one value: on the meta device, or many in a transform of torch.func."""
     return x.is_meta or wrapped(x)
@@ -84,7 +79,7 @@ def writable(statistic: Tensor) -> Tensor:
     The backward of a training forward holds the running statistics without looking at them, so
     writing them between is no error; torch's own kernel does not count its writes either.
     """
-    return statistic if compiling() else statistic.data
+    return statistic if captured() or wrapped(statistic) else statistic.data
 
 
 def move_by_few(
@@ -422,13 +417,17 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         Its variance tells: no value that is not finite leaves it finite. What was broken before
         the batch, by an old checkpoint, is not this batch's doing.
         """
-        mean, var, batches = self._statistics()
-        old_mean, old_var = before.chunk(2)
+        old_var, var = before.chunk(2)[1], self._statistics()[1]
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            writable(mean).copy_(old_mean)
-            writable(var).copy_(old_var)
-            batches.sub_(1)
+            self._undo(before)
             self._tally(torch.tensor(False))
+
+    def _undo(self, before: Tensor) -> None:
+        """Restore mean and variance, joined in ``before``, and count a batch less."""
+        mean, var, batches = self._statistics()
+        for now, old in zip((mean, var), before.chunk(2), strict=True):
+            writable(now).copy_(old)
+        batches.sub_(1)
 
     def _finite(self, parts: Moments) -> Tensor:
         """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""

@@ -14,7 +14,7 @@ from torch.autograd import Variable
 
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
-from truenorm.layers.running import graph_task
+from truenorm.layers.capture import graph_task
 
 _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
