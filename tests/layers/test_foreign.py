@@ -12,6 +12,7 @@ from truenorm.layers.foreign import epsilon, frozen_statistics, fused
 
 FROZEN = [
     others.FrozenNorm,
+    others.KernelFrozenNorm,
     others.CountedFrozenNorm,
     others.NumberFrozenNorm,
     others.FrozenNormAct,

@@ -14,7 +14,9 @@ def _along_channels(vector: Tensor) -> Tensor:
 
 
 class FrozenNorm(nn.Module):
-    """As torchvision's frozen batch norm: four buffers and eps."""
+    """As torchvision's frozen batch norm: four buffers and eps; a counter is not loaded."""
+
+    counter_is_dropped = True
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -24,7 +26,8 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, made(channels))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        state.pop(f"{prefix}num_batches_tracked", None)
+        if self.counter_is_dropped:
+            state.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state, prefix, *args)
 
     def normed(self, x: Tensor, eps: float) -> Tensor:
@@ -35,12 +38,25 @@ class FrozenNorm(nn.Module):
         return self.normed(x, self.eps)
 
 
-class CountedFrozenNorm(FrozenNorm):
-    """As detectron2's: it keeps the number of channels, and a counter of batches, too."""
+class KernelFrozenNorm(FrozenNorm):
+    """As detectron2's: it keeps the number of channels, and calls torch's kernel."""
+
+    counter_is_dropped = False
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(channels, eps)
         self.num_features = channels
+
+    def normed(self, x: Tensor, eps: float) -> Tensor:
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, training=False, eps=eps)
+
+
+class CountedFrozenNorm(KernelFrozenNorm):
+    """One that keeps a counter of batches, too."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
 
@@ -53,6 +69,15 @@ class NumberFrozenNorm(FrozenNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normed(x, 1e-5)
+
+
+def replace_by_frozen(norm: nn.BatchNorm2d) -> FrozenNorm:
+    """As detectron2's and timm's converters do: all that they know of is carried over."""
+    frozen = FrozenNorm(norm.num_features)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(frozen, name).data = getattr(norm, name).data
+    frozen.eps = norm.eps
+    return frozen
 
 
 def _give(norm: nn.Module, act: nn.Module | None, drop: nn.Module | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional
+from truenorm.layers.foreign import epsilon
 from truenorm.layers.functional import ACTIVATIONS, Moments, summed_in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
@@ -46,6 +48,46 @@ class _Option:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
 
 
+class _Epsilon:
+    """What is added to the variance, checked when it is set, and not told of a fused layer.
+
+    Whoever replaces a batch norm by another, or folds it, reads its eps: torch's
+    convert_sync_batchnorm and fuse_conv_bn_eval, detectron2, apex, timm. None of them knows of an
+    activation inside, which would be lost without a word. The value is in the layer's ``__dict__``
+    under the same name, where :func:`truenorm.layers.foreign.epsilon` and torch's ``extra_repr``
+    find it.
+    """
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        own = layer.__dict__
+        if "eps" not in own:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'eps'")
+        applied = layer._applied() if "_options" in own else ""
+        if applied:
+            raise InputError(
+                f"eps of this {type(layer).__name__} was asked for, but it applies {applied} after "
+                "normalizing, which code that makes another layer of it by eps would lose. Use "
+                "truenorm.convert(model, to='sync' or another target), or truenorm.fold(model, "
+                "example) to fold it into a convolution."
+            )
+        return own["eps"]
+
+    def __set__(self, layer: BatchNorm, value: float) -> None:
+        check_eps(value)
+        layer.__dict__["eps"] = value
+
+
+def check_eps(value: Any) -> None:
+    """Raise InputError for an eps that is no number above 0; torch refuses 0 in training, too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
+        raise InputError(
+            f"eps must be a number above 0, got {value!r}; the default is 1e-5. Without it a "
+            "channel that is constant would be divided by 0."
+        )
+
+
 class BatchNorm(RunningStatistics):
     """Batch normalization of (N, C, *S), for any number of spatial axes.
 
@@ -64,7 +106,8 @@ class BatchNorm(RunningStatistics):
 
     Args:
         num_features: C.
-        eps: added to the variance.
+        eps: added to the variance; above 0. It can be set later, and is not told of a layer that
+            applies an activation, so that code which replaces layers cannot lose that silently.
         momentum: weight of the NEW value in the running average (Keras's 0.99 is 0.01 here);
             None for the cumulative average.
         affine: learn ``weight`` and ``bias``.
@@ -152,6 +195,7 @@ class BatchNorm(RunningStatistics):
         )
         self._least = options.min_count or 2
 
+    eps = _Epsilon()
     ghost = _Option()
     sync = _Option()
     renorm = _Option()
@@ -163,6 +207,21 @@ class BatchNorm(RunningStatistics):
     def options(self) -> Options:
         """All options; :meth:`adopt` changes them, as does setting one of them by its name."""
         return self._options
+
+    def __dir__(self) -> list[str]:
+        """Without what is not told: torch.jit.trace and inspect read all that is listed."""
+        listed: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in listed if name != "eps" or not self._applied()]
+
+    @property
+    def _eps(self) -> float:
+        """What is added to the variance, past the attribute that may refuse."""
+        eps: float = self.__dict__["eps"]
+        return eps
+
+    def _applied(self) -> str:
+        """What it applies after normalizing, in words; "" for nothing."""
+        return "" if self._options.act is None else f"act={self._options.act!r}"
 
     # -- torch's protocol --------------------------------------------------------------------
 
@@ -273,7 +332,7 @@ class BatchNorm(RunningStatistics):
         batches.add_(1)
         momentum = 1 / float(batches) if self.momentum is None else self.momentum
         affine = self._affine_in(mean.dtype)
-        return torch.batch_norm(x, *affine, mean, var, True, momentum, self.eps, x.is_cuda)
+        return torch.batch_norm(x, *affine, mean, var, True, momentum, self._eps, x.is_cuda)
 
     def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in ``dtype``; no operation where they have it: graphs stay clean."""
@@ -288,7 +347,7 @@ class BatchNorm(RunningStatistics):
     def _by_running(self, x: Tensor) -> Tensor:
         mean, var, _ = self._statistics()
         weight, bias = self._affine_in(mean.dtype)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self._eps)
 
     def _by_kernel(self, x: Tensor, sizes: list[int]) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
@@ -300,13 +359,13 @@ class BatchNorm(RunningStatistics):
             mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
             var = torch.zeros_like(mean)
             affine = self._affine_in(mean.dtype) if renorm is None else (None, None)
-            out = functional.batch_norm(part, (mean, var), affine, 1.0, self.eps)
+            out = functional.batch_norm(part, (mean, var), affine, 1.0, self._eps)
             batch = Moments(
                 mean[None], var[None] * ((count - 1) / count), mean.new_full((1, 1), count)
             )
             if renorm is not None:
                 running_mean, running_var, batches = self._statistics()
-                r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
+                r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
                 correction = r[0].to(mean.dtype), d[0].to(mean.dtype)
                 out = functional.renormalize(out, correction, self._affine_in(mean.dtype))
             outs.append(out)
@@ -335,7 +394,7 @@ class BatchNorm(RunningStatistics):
             running_mean, running_var, batches = self._statistics()
             running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
-                correction = self._options.renorm.correction(batch, running, self.eps, batches)
+                correction = self._options.renorm.correction(batch, running, self._eps, batches)
             if self._options.min_count is not None:
                 enough = batch.count >= self._options.min_count
                 mean = torch.where(enough, mean, running[0])
@@ -347,7 +406,7 @@ class BatchNorm(RunningStatistics):
             mean, var = mean[groups], var[groups]
             correction = correction and (correction[0][groups], correction[1][groups])
         affine = self._affine_in(mean.dtype)
-        out = functional.normalize(values, (mean, var), affine, self.eps, correction=correction)
+        out = functional.normalize(values, (mean, var), affine, self._eps, correction=correction)
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
@@ -425,8 +484,7 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
             f"momentum must lie in [0, 1] or be None, got {layer.momentum!r}. "
             "Coming from Keras or Flax? Their 0.99 is 0.01 here."
         )
-    if not layer.eps >= 0:
-        raise InputError(f"eps must be at least 0, got {layer.eps!r}.")
+    check_eps(epsilon(layer))
     for name in ("renorm", "min_count", "frozen"):
         if getattr(options, name) and not layer.track_running_stats:
             raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -81,3 +82,87 @@ def stand_in(module: nn.Module, buffers: dict[str, Tensor], children: dict[str, 
     }
     vars(bare).update({**vars(module), **own})
     return bare
+
+
+# -- what a forward does, shown on numbers --------------------------------------------------------
+
+
+def unlike(module: nn.Module) -> str:
+    """How the forward of a norm differs from: normalize, then :func:`fused`, in that order.
+
+    "" if it does not. Shown on random numbers in float64, in the modes that a process without a
+    GPU can run: with stand-ins for the children, which tell their order and how often each is
+    called. ``module``, its tensors, its children and the random state are not touched.
+    """
+    modes = (False,) if isinstance(module, nn.SyncBatchNorm) else (False, True)
+    for training in modes:
+        bare, x = _sample(module)
+        vars(bare)["training"] = training
+        expected, moved = _expected(bare, x, training=training)
+        try:
+            out = bare.forward(x)
+        except Exception as error:  # others wrote it
+            return f"its forward raises {type(error).__name__} on a tensor alone"
+        names = [name for name in moved if not torch.allclose(bare._buffers[name], moved[name])]  # type: ignore[arg-type]
+        if not isinstance(out, Tensor) or out.shape != expected.shape:
+            return "its forward returns another shape"
+        if not torch.allclose(out, expected) or names:
+            what = f"moves {names[0]} otherwise" if names else "computes something else"
+            mode = "training" if training else "evaluation"
+            return f"its forward {what} in {mode}"
+    return ""
+
+
+class _Marked(nn.Module):
+    """Stands for a child; the cube of the first is told from the shift of the second."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 if self.place else x**3
+
+
+def _sample(module: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A stand-in of ``module`` with random state and marked children, and an input for it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        shape = like.shape if like.is_floating_point() else ()
+        values = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
+        return values + 0.5 if like.is_floating_point() else torch.tensor(2, device="cpu")
+
+    buffers = {n: random(b) for n, b in module._buffers.items() if b is not None}
+    children = {name: _Marked(i) for i, name in enumerate(fused(module))}
+    bare = stand_in(module, buffers, children)
+    held = {n: p if p is None else nn.Parameter(random(p)) for n, p in module._parameters.items()}
+    vars(bare)["_parameters"] = held
+    channels = getattr(module, "num_channels", None) or getattr(module, "num_features", None)
+    axes = {nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}
+    space = next((n for kind, n in axes.items() if isinstance(module, kind)), 2)
+    shape = (3, channels or len(buffers["running_mean"]), *(2,) * space)
+    return bare, torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+
+
+@torch.no_grad()
+def _expected(bare: nn.Module, x: Tensor, *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """What normalizing and the children make of ``x``, and the buffers thereafter."""
+    moved = {n: b.clone() for n, b in bare._buffers.items() if b is not None}
+    if isinstance(bare, nn.GroupNorm):
+        out = F.group_norm(x, bare.num_groups, bare.weight, bare.bias, epsilon(bare))
+    else:
+        frozen = not isinstance(bare, _BatchNorm)
+        tracks = frozen or bool(bare.track_running_stats)
+        by_batch = not frozen and (training or "running_mean" not in moved)
+        momentum: Any = 0.0 if frozen else bare.momentum
+        if by_batch and tracks and "num_batches_tracked" in moved:
+            moved["num_batches_tracked"] += 1
+            if momentum is None:
+                momentum = 1 / int(moved["num_batches_tracked"])
+        mean, var = (moved.get(name) if tracks or not by_batch else None for name in _HELD[2:])
+        weight, bias = (getattr(bare, name) for name in _HELD[:2])
+        out = F.batch_norm(x, mean, var, weight, bias, by_batch, momentum or 0.0, epsilon(bare))
+    for name in fused(bare):
+        out = bare._modules[name](out)  # type: ignore[misc]
+    return out, moved
