@@ -178,6 +178,22 @@ def test_a_mask_is_kept_through_the_activation():
     assert_close(layer.eval()(X, residual=residual), (plain.eval()(X) + residual).sigmoid())
 
 
+def test_a_batch_norm_becomes_a_group_norm_that_applies_the_same():
+    model = net()[:5]
+    table = tn.convert(model, to="group", groups=2)
+    assert len(table.changed) == 4
+    assert list(model.state_dict()) == [
+        "0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "2.act.weight",
+        "4.weight", "4.bias",
+    ]  # fmt: skip
+    expected = nn.functional.group_norm(X, 2, model[0].weight, model[0].bias, 1e-5).relu()
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin[0], tn.GroupNorm)
+        assert torch.equal(twin[0](X), expected)
+    with pytest.warns(tn.ConversionWarning, match="no group norm that applies what this one does"):
+        tn.convert(model, to="torch")
+
+
 # -- frozen norms of others -----------------------------------------------------------------------
 
 
@@ -208,6 +224,7 @@ def test_a_frozen_norm_of_others_becomes_ours_and_goes_back(kind):
     tn.convert(model, to="truenorm")
     tn.assert_frozen(model)
     assert isinstance(model[0], tn.BatchNorm2d)
+    assert type(model[0]).__name__ == "BatchNorm2d"  # frozen or not, as it may be later
     assert model[0].frozen
     assert list(model.state_dict()) == list(kept.state_dict())
     for training in (True, False):

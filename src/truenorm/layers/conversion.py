@@ -417,6 +417,8 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     if not issubclass(kind, Fused):
         _refuse_subclass(layer, {*_TO_TORCH, BatchNorm})
     if not isinstance(layer, BatchNorm):
+        if issubclass(kind, Fused) and not issubclass(kind.original, nn.GroupNorm):
+            raise _Refused("torch.nn has no group norm that applies what this one does")
         _become(layer, kind.original if issubclass(kind, Fused) else _TO_TORCH[kind])
         return _described(layer), ""
     back, options = _torch_form(layer), layer.options
@@ -486,8 +488,7 @@ def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
 def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm):
         raise _Unchanged("is not a batch norm")
-    _refuse_subclass(layer, {*_TO_TRUENORM, *_TO_TORCH, BatchNorm})
-    options = layer.options if isinstance(layer, BatchNorm) else Options()
+    form, options = _form_of(layer), _options_of(layer)
     if options.act is not None or options.frozen:
         what = f"activation {options.act}" if options.act else "frozen affine map"
         raise _Refused(f"group norm has no place for its {what}")
@@ -499,14 +500,15 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
     number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
     if not isinstance(number, int) or number < 1 or channels % number:
         raise _Refused(f"its {channels} channels do not divide into {number!r} groups")
-    for name in (*STATISTICS, "num_batches_tracked", "_skipped"):
-        layer._buffers.pop(name, None)
-        layer._non_persistent_buffers_set.discard(name)
-    kept = {"eps", "affine"}
-    ours = {"_options", "_direct", "_least", "_pending", "_told", "_narrow", "process_group"}
-    for name in {"num_features", "momentum", "track_running_stats", *ours} - kept:
+    if isinstance(layer, BatchNorm):
+        _strip(layer)
+    for name in (*STATISTICS, "num_batches_tracked"):
+        del layer._buffers[name]
+    torchs = ("num_features", "momentum", "track_running_stats", "process_group")
+    for name in (*torchs, "_narrow", "_added"):
         layer.__dict__.pop(name, None)
-    _become(layer, norms.GroupNorm)
+    original = form.original if issubclass(form, Fused) else None
+    _become(layer, fused_class(norms.GroupNorm, original) if original else norms.GroupNorm)
     assert isinstance(layer, nn.GroupNorm)
     layer.num_groups, layer.num_channels = number, channels
     return (

@@ -21,6 +21,7 @@ from truenorm.layers.foreign import AFTER
 from truenorm.layers.options import Options
 
 _COUNTER = "num_batches_tracked"
+_NAMED = (_BatchNorm, nn.GroupNorm)  # one of these in the place of another keeps its name
 
 
 class Fused(nn.Module):
@@ -146,8 +147,9 @@ def fused_class(ours: type[nn.Module], original: type[nn.Module]) -> type[Fused]
 def _make(ours: type[nn.Module], original: type[nn.Module]) -> type[Fused]:
     frozen = not issubclass(original, _BatchNorm)
     base = (Thawable if frozen else _FusedBatchNorm) if issubclass(ours, BatchNorm) else Fused
+    same = any(issubclass(ours, kind) and issubclass(original, kind) for kind in _NAMED)
     return type(
-        original.__name__,
+        original.__name__ if same else ours.__name__,
         (base, ours),
         {
             "__module__": __name__,
