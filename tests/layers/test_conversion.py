@@ -294,6 +294,7 @@ def test_lazy_layers_are_converted_lazy():
         ({"to": "per-call"}, "needs the setting example"),
         ({"to": "truenorm", "goast": 3}, "unknown setting 'goast'"),
         ({"to": "truenorm", "ghost": -3}, "ghost must be an integer"),
+        ({"to": "keras", "eps": 0}, "eps must be a number above 0, got 0"),
         ({"to": "torch", "ghost": 3}, "unknown setting 'ghost' of to='torch'; it takes none"),
     ],
 )

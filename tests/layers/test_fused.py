@@ -372,6 +372,32 @@ def test_a_forward_that_does_otherwise_is_left_and_told(kind, to):
     assert type(model[0]) is kind
 
 
+def test_a_forward_of_the_instance_is_not_tried():
+    layer = others.BatchNormAct(CHANNELS, act=nn.ReLU())
+    layer.forward = lambda x: pytest.fail("called")
+    with pytest.warns(tn.ConversionWarning, match="in the place of its class's"):
+        tn.convert(layer, to="truenorm")
+
+
+def test_the_proof_touches_neither_state_nor_randomness():
+    model = net()
+    kept, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.device("meta"):  # as where a large model is made without memory
+        tn.convert(model, to="truenorm")
+    assert same_state(model.state_dict(), kept)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_layers_without_memory_convert():
+    with torch.device("meta"):
+        model = nn.Sequential(others.BatchNormAct(CHANNELS, act=nn.ReLU()))
+    tn.convert(model, to="frozen")
+    model.to_empty(device="cpu")
+    model.load_state_dict(nn.Sequential(others.BatchNormAct(CHANNELS)).state_dict())
+    assert_close(model(X), (X / (1 + 1e-5) ** 0.5).relu())
+
+
 # -- copies and files -----------------------------------------------------------------------------
 
 

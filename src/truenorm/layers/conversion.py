@@ -175,7 +175,7 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
 
             - "truenorm": of a torch.nn norm, TrueNorm's; settings are options of
               :class:`truenorm.BatchNorm`, which layers that are TrueNorm's already take, too.
-            - "torch": of a TrueNorm norm, torch.nn's.
+            - "torch": of a TrueNorm norm, torch.nn's, or the class of another package that it was.
             - "sync", "unsync": statistics pooled over ranks (setting ``group``), or not.
             - "frozen", "unfrozen": statistics and affine map fixed, or learning again.
             - "ghost": statistics of groups of ``ghost`` examples.
@@ -186,6 +186,13 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
             - "keras", "flax": the layers hold numbers written in that framework's convention,
               where momentum weighs the OLD value; put them into torch's. Settings ``momentum``
               and ``eps``, in that convention, are for all layers.
+
+            Norms of other packages are taken by what they are, none is imported: batch and group
+            norms that apply a dropout and an activation of their own afterwards (timm's
+            ``BatchNormAct2d``, ``SyncBatchNormAct``, ``GroupNormAct``) go on applying them, and
+            frozen batch norms (of torchvision, detectron2, timm, transformers) become
+            TrueNorm's with ``frozen=True``. What their forward does is proved on random numbers
+            first. Keys of the state dict stay, and "torch" gives the class back.
         where: which layers: a pattern for dotted names, which means what lies below it, too
             (``"encoder"``, ``"*.bn1"``), several of them, or a function of name and module.
         settings: as ``to`` tells.
@@ -196,6 +203,10 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
     Raises:
         InputError: an unknown target or setting, or a setting outside its range; nothing has been
             changed then.
+
+    Warns:
+        ConversionWarning: layers that ``to`` and ``where`` ask for were left, with their classes
+            and the reasons; or there was nothing to convert at all. What is so already is no cause.
     """
     choose("target", to, get_args(Target))
     _check(to, settings)
@@ -368,10 +379,11 @@ def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool)
         raise _Unchanged("is frozen, and takes no statistics of a batch")
     present = _options_of(layer)
     options = dataclasses.replace(present, **given)
-    if only_options and options == present and not isinstance(layer, nn.SyncBatchNorm):
-        raise _Already("is frozen already" if frozen else "is so already")
+    if frozen and only_options and options == present:
+        raise _Already("is frozen already")
     form = _form_of(layer)
-    if form is _kind(layer) and options == present:
+    as_it_is = form is _kind(layer) or (only_options and not isinstance(layer, nn.SyncBatchNorm))
+    if options == present and as_it_is:
         raise _Already
     was, eps = type(layer), epsilon(layer)
     if form is not _kind(layer):
@@ -413,7 +425,8 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     if isinstance(layer, norms.RMSNorm):
         raise _Unchanged("torch.nn has no other form of it")
     if not isinstance(layer, (BatchNorm, Fused, *_TO_TORCH)):
-        raise _Already if kind in _TO_TRUENORM else _Already("is not TrueNorm's")
+        torchs = kind.__module__.startswith("torch.nn.")
+        raise _Already if torchs else _Already("is not TrueNorm's")
     if not issubclass(kind, Fused):
         _refuse_subclass(layer, {*_TO_TORCH, BatchNorm})
     if not isinstance(layer, BatchNorm):
