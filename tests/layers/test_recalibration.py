@@ -22,6 +22,7 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import foreign as others
 import patients
 import truenorm as tn
 from states import same_state
@@ -247,6 +248,17 @@ def test_what_is_frozen_of_ours_is_left():
     before = copy.deepcopy(model[5].state_dict())
     assert reasons(model) == {"5": "is frozen"}
     assert same_state(model[5].state_dict(), before)
+
+
+def test_frozen_norms_of_other_packages_are_left_and_named():
+    x = rows().view(96, 4, 1, 1)
+    model = nn.Sequential(others.FrozenNorm(4), nn.BatchNorm2d(4)).double()
+    kept = copy.deepcopy(model[0].state_dict())
+    told = tn.recalibrate(model, x.split(32))
+    assert told.left == (("0", "is frozen, by its class"),)
+    assert [row.layer for row in told.rows] == ["1"]
+    assert same_state(model[0].state_dict(), kept)
+    assert "0 of 1 batch norms" in str(tn.recalibrate(model[:1], x.split(32)))
 
 
 def test_in_an_eval_model_a_norm_without_gradient_is_frozen_if_others_have_one():

@@ -18,7 +18,7 @@ from truenorm.calling.borrowing import Randoms, borrowed, eager, to_eval, unwrap
 from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, loss_of
 from truenorm.calling.nested import examples_of
 from truenorm.errors import InputError
-from truenorm.layers.foreign import epsilon
+from truenorm.layers.foreign import epsilon, frozen_statistics
 from truenorm.layers.functional import widest
 from truenorm.layers.ranks import Collective
 from truenorm.layers.settling import (
@@ -165,8 +165,9 @@ def recalibrate(
     inputs normalized by noisy statistics, the more so the smaller the batches. A single batch
     makes both the same, so that one pass is enough unless a layer is called twice.
 
-    Left alone, with the reason in the result: what is ``frozen=True``; a norm in eval mode within
-    a model in train mode whose affine parameters, if any, need no gradient; within a model in eval
+    Left alone, with the reason in the result: what is ``frozen=True``, and the frozen batch norms
+    of torchvision, detectron2, timm and transformers; a norm in eval mode within a model in train
+    mode whose affine parameters, if any, need no gradient; within a model in eval
     mode, where modes tell nothing, a norm whose affine parameters need no gradient while other
     parameters of the model do; a norm without tracked statistics, or that is never called. A batch
     in which the input of a layer is not finite does not count for that layer.
@@ -298,10 +299,11 @@ def _moving(settled: Convergence) -> str:
 def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[KeptNorm]]:
     """The batch norms to recalibrate with their names, and those to leave."""
     named = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    if not named:
+    others = [name for name, m in model.named_modules() if frozen_statistics(m)]
+    if not named and not others:
         raise InputError("the model has no batch norm, so there is nothing to recalibrate.")
     learns = any(p.requires_grad for p in model.parameters())
-    norms, left = {}, []
+    norms, left = {}, [KeptNorm(name, "is frozen, by its class") for name in others]
     for layer, name in named.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise InputError(
