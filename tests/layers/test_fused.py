@@ -108,13 +108,15 @@ def test_frozen_holds_them_in_training():
 
 
 def test_frozen_goes_back_to_its_class_by_modes():
-    model = net()[:2]
+    model = nn.Sequential(others.BatchNormAct(CHANNELS, act=nn.PReLU(CHANNELS), drop=nn.Dropout()))
     tn.convert(model, to="frozen")
     table = tn.convert(model, to="torch")
     assert type(model[0]) is others.BatchNormAct
     assert "eval() and requires_grad=False stand for it" in table.rows[0].note
     assert not model[0].training
     assert not model[0].weight.requires_grad
+    assert model[0].act.weight.requires_grad
+    assert model[0].drop.training
 
 
 def test_ghost_groups_are_normalized_before_the_activation():
@@ -305,6 +307,14 @@ def test_a_refused_setting_leaves_a_frozen_norm_of_others_as_it_was():
     assert "_skipped" not in dict(model[0].named_buffers())
 
 
+def test_a_frozen_norm_of_others_with_an_eps_of_zero_stays():
+    model = nn.Sequential(filled(others.FrozenNorm(CHANNELS, eps=0.0)))
+    before = dict(vars(model[0]))
+    with pytest.warns(tn.ConversionWarning, match="eps must be a number above 0, got 0"):
+        tn.convert(model, to="unfrozen")
+    assert vars(model[0]) == before
+
+
 # -- what is not what it seems --------------------------------------------------------------------
 
 
@@ -349,6 +359,13 @@ class Slow(others.BatchNormAct):
         return out
 
 
+class Looser(others.FrozenNormAct):
+    """Its eps is not the one that it tells."""
+
+    def forward(self, x):
+        return self.act(self.drop(self.normed(x, self.eps / 2)))
+
+
 class Shifted(others.FrozenNormAct):
     def forward(self, x):
         return super().forward(x) + 1
@@ -359,12 +376,14 @@ class Pairs(others.GroupNormAct):
         return super().forward(x), x
 
 
-@pytest.mark.parametrize("kind", [Backward, Twice, Swapped, Skipping, Gated, Slow, Shifted, Pairs])
+@pytest.mark.parametrize(
+    "kind", [Backward, Twice, Swapped, Skipping, Gated, Slow, Looser, Shifted, Pairs]
+)
 @pytest.mark.parametrize("to", ["truenorm", "frozen"])
 def test_a_forward_that_does_otherwise_is_left_and_told(kind, to):
     groups = (2,) if kind is Pairs else ()
     model = nn.Sequential(kind(CHANNELS, *groups))
-    if to == "frozen" and kind in (Shifted, Pairs):
+    if to == "frozen" and kind in (Looser, Shifted, Pairs):
         assert not tn.convert(model, to=to).changed
         return
     with pytest.warns(tn.ConversionWarning, match=f"{kind.__name__}: its forward"):

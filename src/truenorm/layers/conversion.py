@@ -386,9 +386,11 @@ def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool)
     if options == present and as_it_is:
         raise _Already
     was, eps = type(layer), epsilon(layer)
-    if form is not _kind(layer):
-        _become(layer, form)
     try:
+        if frozen:
+            check_eps(eps)
+        if form is not _kind(layer):
+            _become(layer, form)
         if frozen and isinstance(layer, Thawable):
             layer.take_over(eps)
         if isinstance(layer, BatchNorm):
@@ -447,7 +449,9 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     if isinstance(layer, nn.SyncBatchNorm):
         layer.process_group = options.sync.group
     if options.frozen and still:
-        layer.eval().requires_grad_(False)
+        layer.training = False
+        for parameter in layer.parameters(recurse=False):  # not those of an activation inside
+            parameter.requires_grad_(False)
     return _described(layer), "; ".join(lost if still else [])
 
 
