@@ -161,5 +161,6 @@ def _make(ours: type[nn.Module], original: type[nn.Module]) -> type[Fused]:
 
 
 def _blank(ours: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+    """A layer of that class without state; pickles hold the name of this function."""
     kind = fused_class(ours, original)
     return kind.__new__(kind)
