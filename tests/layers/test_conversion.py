@@ -340,6 +340,37 @@ def test_a_model_without_a_norm_is_told():
         tn.convert(nn.Sequential(nn.Linear(3, 3)), to="frozen")
 
 
+class FromScratch(nn.Module):
+    """A norm that is no subclass of torch's, as timm's InplaceAbn and EvoNorm2dB0."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+
+@pytest.mark.parametrize(
+    "moving", [FromScratch(3), nn.InstanceNorm2d(3, track_running_stats=True),
+               nn.LazyInstanceNorm2d(track_running_stats=True)],
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_statistics_that_would_go_on_moving_are_told(moving):
+    model = nn.Sequential(nn.BatchNorm2d(3), moving)
+    with pytest.warns(tn.ConversionWarning, match="no frozen form of: in training they move"):
+        table = tn.convert(model, to="frozen")
+    assert [row.outcome for row in table.rows] == ["changed", "refused"]
+    with pytest.raises(AssertionError, match=f"1: {type(moving).__name__}: keeps running"):
+        tn.assert_frozen(model)
+    tn.assert_frozen(model[:1])
+
+
+@pytest.mark.parametrize("still", [nn.InstanceNorm2d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3)])
+def test_what_has_no_statistics_is_no_cause_for_a_warning(still):
+    model = nn.Sequential(nn.BatchNorm2d(3), still)
+    assert not tn.convert(model, to="frozen").refused
+    tn.assert_frozen(model)
+
+
 def test_what_is_so_already_is_counted_and_no_cause_for_a_warning():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3))
     tn.convert(model, to="frozen")

@@ -19,7 +19,7 @@ from truenorm.errors import InputError, choose
 from truenorm.layers import batch_norm as layers
 from truenorm.layers import norms
 from truenorm.layers.batch_norm import BatchNorm, check_eps
-from truenorm.layers.foreign import epsilon, frozen_statistics, fused, unlike
+from truenorm.layers.foreign import epsilon, frozen_statistics, fused, other_statistics, unlike
 from truenorm.layers.fused import Fused, Thawable, fused_class
 from truenorm.layers.options import Options
 from truenorm.layers.per_call import PerCall, count_calls, restart_calls
@@ -213,7 +213,8 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
     chosen = _selector(where)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, norms.NORMS) or frozen_statistics(module):
+        known = isinstance(module, norms.NORMS) or frozen_statistics(module)
+        if known or (to == "frozen" and other_statistics(module)):
             names.setdefault(module, []).append(name)
     change = _change(to, settings, model, names)
     rows = []
@@ -362,6 +363,9 @@ def _form_of(layer: nn.Module) -> type[nn.Module]:
     return _TO_TRUENORM[kind]
 
 
+_MOVES = "keeps running statistics that TrueNorm has no frozen form of"
+
+
 def _options_of(layer: nn.Module) -> Options:
     """What a layer of torch's or another's has of TrueNorm's options."""
     if isinstance(layer, BatchNorm):
@@ -373,6 +377,8 @@ def _options_of(layer: nn.Module) -> Options:
 
 def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool) -> tuple[str, str]:
     frozen = frozen_statistics(layer)
+    if given.get("frozen") and other_statistics(layer):
+        raise _Refused(f"{_MOVES}: in training they move")
     if not (frozen or isinstance(layer, _BatchNorm)) and (only_options or given):
         raise _Unchanged("has no running statistics of a batch")
     if frozen and only_options and "frozen" not in given:
@@ -586,6 +592,8 @@ def _to_per_call(
 def assert_frozen(model: nn.Module) -> None:
     """Raise AssertionError unless every batch norm of ``model`` is frozen for good.
 
+    What else keeps running variances of channels, as an instance norm can, is not.
+
     Frozen for good: neither ``train()`` nor ``requires_grad_`` nor an optimizer can change its
     statistics or its affine map, as with ``truenorm.BatchNorm2d(frozen=True)`` and with the frozen
     batch norms of torchvision, detectron2, timm and transformers.
@@ -594,7 +602,9 @@ def assert_frozen(model: nn.Module) -> None:
         AssertionError: names every layer that could move, and why; or there is no batch norm.
     """
     found = {
-        n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) or frozen_statistics(m)
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, _BatchNorm) or frozen_statistics(m) or other_statistics(m)
     }
     if not found:
         raise AssertionError("the model has no batch norm that could be frozen.")
@@ -610,6 +620,8 @@ def assert_frozen(model: nn.Module) -> None:
 def _why_moving(layer: nn.Module) -> str:
     if frozen_statistics(layer):
         return ""
+    if other_statistics(layer):
+        return f"{type(layer).__name__}: {_MOVES}"
     if isinstance(layer, BatchNorm):
         return "" if layer.frozen else "frozen=False"
     moves = "train mode moves its statistics" if layer.training else "train() would thaw it"

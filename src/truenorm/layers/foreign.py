@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 AFTER = ("drop", "act", "activation")  # children that come after normalizing, in their order
 _HELD = ("weight", "bias", "running_mean", "running_var")
@@ -28,8 +29,22 @@ def frozen_statistics(module: nn.Module) -> bool:
     if isinstance(module, _BatchNorm) or any(True for _ in module.parameters(recurse=False)):
         return False
     own = dict(module.named_buffers(recurse=False))
-    shapes = {own[name].shape if name in own else torch.Size() for name in _HELD}
+    if any(name not in own or is_lazy(own[name]) for name in _HELD):
+        return False
+    shapes = {own[name].shape for name in _HELD}
     return len(shapes) == 1 and len(shapes.pop()) == 1
+
+
+def other_statistics(module: nn.Module) -> bool:
+    """Whether ``module`` keeps running variances (C,) and is neither a batch norm nor frozen.
+
+    So an instance norm that tracks them, and norms of other packages that are written from
+    scratch, such as timm's ``InplaceAbn`` and ``EvoNorm2dB0``: training moves them.
+    """
+    if isinstance(module, _BatchNorm) or frozen_statistics(module):
+        return False
+    variances = dict(module.named_buffers(recurse=False)).get("running_var")
+    return variances is not None and (is_lazy(variances) or variances.ndim == 1)
 
 
 def fused(module: nn.Module) -> tuple[str, ...]:
