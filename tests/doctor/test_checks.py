@@ -285,6 +285,17 @@ def test_layers_that_follow_each_other_may_be_made_as_copies():
     assert found("TN107", model) == NOTE
 
 
+def test_copies_one_of_which_calls_a_layer_twice_are_compared_by_their_names():
+    shared, apart = (nn.Sequential(nn.Linear(4, 4), bn(4), nn.Linear(4, 4), bn(4)) for _ in "ab")
+    shared[2], shared[3] = shared[0], shared[1]
+    apart.load_state_dict(shared.state_dict())
+    model = nn.ModuleDict({"a": shared, "b": apart}).eval()
+    assert found("TN107", model) == []
+    apart[3].running_mean.fill_(9)
+    (finding,) = tn.examine(model).of("TN107")
+    assert (finding.severity, finding.layer) == ("error", "b.3")
+
+
 def test_copies_with_tied_or_with_other_parameters_have_statistics_of_their_own():
     for index in (None, 0):
         model = copies()

@@ -175,7 +175,8 @@ _ENTRIES = (
         conv(3, 8, 3, 2), Branches(8, 6), Branches(18, 8), head(24)), _PLAIN, 7, **_SIZES),
     zoo._own("rows with residuals", Rows, examples(10), 4, steps=60, size=24),
     zoo._own("cross stages", lambda: nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1, bias=False), zoo.BatchNormAct2d(16), Halved(16), Halved(16), head(16)), _PLAIN, 5, steps=50),
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), zoo.BatchNormAct2d(16), Halved(16), Halved(16),
+        head(16)), _PLAIN, 5, steps=50),
     zoo._own("dilated over time", _dilated, examples(4, 32), 3, **_SIZES),
 )  # fmt: skip
 

@@ -331,8 +331,13 @@ def _tied(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _parameter_distance(a: nn.Module, b: nn.Module) -> float:
+    """By their names: what one of the two holds twice, the other may hold apart."""
     distance = scale = 0.0
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+    others = dict(b.named_parameters(remove_duplicate=False))
+    for name, p in a.named_parameters(remove_duplicate=False):
+        q = others.get(name)
+        if q is None:
+            return math.inf  # a buffer there
         if p.ndim > 1:
             distance += float((p - q).detach().double().square().sum())
             scale += float(p.detach().double().square().sum())
@@ -341,7 +346,9 @@ def _parameter_distance(a: nn.Module, b: nn.Module) -> float:
 
 def _statistics_distance(a: nn.Module, b: nn.Module) -> tuple[float, str]:
     worst, layer = 0.0, ""
-    for (name, m), (_, n) in zip(a.named_modules(), b.named_modules(), strict=True):
+    others = dict(b.named_modules(remove_duplicate=False))
+    for name, m in a.named_modules(remove_duplicate=False):
+        n = others.get(name)
         if isinstance(m, _BatchNorm) and isinstance(n, _BatchNorm) and m.running_mean is not None:
             assert m.running_var is not None
             assert n.running_mean is not None
