@@ -22,9 +22,9 @@ from truenorm.doctor.check import (
     tracking,
 )
 from truenorm.doctor.checks.modes import shapes
+from truenorm.doctor.checks.remedies import Remedy, converting
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
-from truenorm.layers.conversion import convert
 
 
 def never_updated(facts: Facts) -> Iterator[Found]:
@@ -124,16 +124,14 @@ def window(facts: Facts) -> Iterator[Found]:
             continue
         if OTHER_CONVENTION < momentum <= 1:
             cause = "this momentum weighs the new batch; in Keras and Flax it weighs the average"
-            module = norm.module
-
-            def mend(module: nn.Module = module) -> None:
-                convert(module, to="keras")
-
             evidence = {"momentum": momentum, "window in batches": 1 / momentum}
             # In inference it plays no part: what the statistics are worth, TN103 measures.
             moves = norm.module.training or facts.optimizer is not None
             severity: Severity = "warning" if moves else "note"
-            yield Found(norm.name, severity, cause, evidence, mend if momentum < 1 else None)
+            remedy = Remedy(None)
+            if momentum < 1:
+                remedy = converting(norm.module, "keras", "Set its attribute momentum.")
+            yield Found(norm.name, severity, cause, evidence, *remedy)
         elif batches > 0 and momentum > 0:
             share = (1 - momentum) ** batches
             # A variance below the share that an initial 1 would have was never an initial 1.
@@ -166,17 +164,12 @@ def half_precision(facts: Facts) -> Iterator[Found]:
             continue
         momentum = norm.module.momentum or 0.0
         trains = facts.optimizer is not None or facts.trains
-        module = norm.module
-
-        def mend(module: nn.Module = module) -> None:
-            convert(module, to="truenorm")
-
         yield Found(
             norm.name,
             "warning" if trains and facts.moves(norm) else "note",
             f"{mean.dtype} holds {_digits(mean.dtype)} digits: smaller updates are rounded away",
             {"dtype": str(mean.dtype), "momentum": momentum},
-            mend,
+            *converting(norm.module, "truenorm", "Keep the layer in float32."),
         )
 
 

@@ -1,0 +1,51 @@
+"""What mends a layer: tried on a copy before it is offered, so that no advice leads nowhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from truenorm.layers.conversion import Target, convert
+
+
+class Remedy(NamedTuple):
+    """What can be done about a finding; both None: what the check itself advises.
+
+    Attributes:
+        fix: does it; None if it would do nothing.
+        advice: what to do where the check's own advice does not serve.
+    """
+
+    fix: Callable[[], Any] | None
+    advice: str | None = None
+
+
+def converting(layer: nn.Module, to: Target, otherwise: str) -> Remedy:
+    """``truenorm.convert(layer, to=to)``, if that does not leave the layer as it is.
+
+    Args:
+        layer: the norm to mend.
+        to: target of the conversion.
+        otherwise: the advice where conversion leaves the layer.
+    """
+    why = _why_left(layer, to)
+    if why is None:
+        return Remedy(lambda: convert(layer, to=to))
+    return Remedy(None, f"truenorm.convert leaves this layer: {why}. {otherwise}")
+
+
+def _why_left(layer: nn.Module, to: Target) -> str | None:
+    """Why a copy of ``layer`` is left by the conversion; None if it is not, or cannot be copied."""
+    bare = type(layer).__new__(type(layer))
+    hooks = {k for k, v in vars(layer).items() if "_hooks" in k and isinstance(v, dict)}
+    # Without them: they may belong to objects of any size.
+    vars(bare).update({k: type(v)() if k in hooks else v for k, v in vars(layer).items()})
+    try:
+        trial = copy.deepcopy(bare)
+    except Exception:  # of what a user put into it
+        return None
+    rows = convert(trial, to=to).rows
+    return next((row.note for row in rows if not row.layer and not row.changed), None)
