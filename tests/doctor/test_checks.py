@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import foreign
 import truenorm as tn
 from patients import Activated
 from truenorm.calling.borrowing import borrowed
@@ -306,6 +307,55 @@ def test_copies_with_tied_or_with_other_parameters_have_statistics_of_their_own(
         else:
             model["b"][0].weight = model["a"][0].weight
         assert found("TN107", model) == []
+
+
+# -- frozen norms of other packages ---------------------------------------------------------------
+
+
+FROZEN = (foreign.FrozenNorm, foreign.CountedFrozenNorm, foreign.NumberFrozenNorm)
+
+
+def frozen(kind):
+    """Convolution, frozen norm, head; in train mode."""
+    torch.manual_seed(0)
+    norm = kind(8)
+    norm.running_mean.fill_(0.3)
+    norm.weight.uniform_(0.5, 1.5)
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.ReLU(), *tail)
+
+
+PICTURES = [(torch.randn(16, 3, 8, 8), torch.randint(0, 3, (16,))) for _ in range(4)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_frozen_norm_of_another_package_is_a_norm_and_healthy(kind, training):
+    model = frozen(kind).train(training)
+    for data in (None, PICTURES):
+        diagnosis = tn.examine(model, data)
+        assert diagnosis.layers == 1
+        assert diagnosis.healthy, str(diagnosis)
+        assert not any(f.layer == "1" for f in diagnosis.findings), str(diagnosis)
+    half = tn.examine(model.half())
+    assert half.findings == ()
+
+
+@pytest.mark.parametrize("tensor", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_nan_in_a_frozen_norm_of_another_package_is_an_error(kind, tensor):
+    model = frozen(kind)
+    getattr(model[1], tensor)[2] = float("nan")
+    for data in (None, PICTURES):
+        (finding,) = tn.examine(model, data).of("TN102")
+        assert (finding.severity, finding.layer) == ("error", "1")
+        assert finding.evidence == {f"not finite in {tensor}": 1}
+
+
+def test_dead_channels_of_a_frozen_norm_of_another_package_are_found():
+    model = frozen(foreign.NumberFrozenNorm).eval()
+    model[1].weight[:4] = 1e-9
+    assert found("TN106", model) == WARNING
 
 
 # -- TN2xx ----------------------------------------------------------------------------------------
@@ -645,6 +695,37 @@ def test_a_subclass_with_a_forward_of_its_own_is_a_note():
 
     assert found("TN502", used(Activated(3)).eval()) == NOTE
     assert found("TN502", used(Plain(3)).eval()) == []
+
+
+def with_inner_activations():
+    acts = {"act": nn.SiLU(), "drop": nn.Dropout2d(0.1)}
+    norms = [foreign.BatchNormAct(8, **acts), foreign.BatchNormAct(8, act=nn.Identity())]
+    layers = [nn.Conv2d(3, 8, 3), used(norms[0]), nn.ReLU(), nn.Conv2d(8, 8, 3), used(norms[1])]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("data", [None, PICTURES], ids=["bare", "data"])
+def test_modules_left_in_a_norm_that_calls_none_are_a_loss(data):
+    assert "error" not in found("TN502", with_inner_activations(), data)
+    lost = nn.SyncBatchNorm.convert_sync_batchnorm(with_inner_activations()).eval()
+    (finding,) = tn.examine(lost, data).of("TN502")
+    assert (finding.severity, finding.layer) == ("error", "1")
+    assert "act (SiLU)" in finding.cause
+    assert "drop (Dropout2d)" in finding.cause
+    assert finding.evidence == {"layers": 1, "of": 2}
+
+
+def test_modules_in_a_norm_that_others_call_are_no_loss():
+    norm = used(nn.BatchNorm1d(5))
+    norm.act = nn.ReLU()
+    model = Forward(lambda m, x: m.norm.act(m.norm(x)), norm=norm).eval()
+    assert found("TN502", model, rows(16, 5)) == []
+    assert found("TN502", model) == ERROR
+    norm.register_forward_hook(lambda norm, _, y: norm.act(y))
+    assert found("TN502", model) == []
+    parametrized = used(nn.BatchNorm1d(5))
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+    assert found("TN502", parametrized.eval()) == []
 
 
 def test_norms_between_weighted_layers_have_lost_their_activations():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from truenorm.calling.flow import Flow, flow_of
 from truenorm.calling.nested import examples_of, tensors_in
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.foreign import epsilon, frozen_statistics
 from truenorm.layers.functional import Moments, moments, valid, wide
 from truenorm.layers.norms import NORMS
 
@@ -57,12 +59,23 @@ class NormFacts:
     @property
     def eps(self) -> float:
         """What it adds to the variance."""
-        return float(self.module.eps)  # type: ignore[arg-type]
+        return epsilon(self.module)
 
     @property
     def is_batch(self) -> bool:
-        """Whether it normalizes over the batch."""
-        return isinstance(self.module, _BatchNorm)
+        """Whether it normalizes over the batch, or by what a batch norm has gathered."""
+        return isinstance(self.module, _BatchNorm) or self.foreign
+
+    @functools.cached_property
+    def foreign(self) -> bool:
+        """Whether it is another package's frozen batch norm, which is none of torch's."""
+        return frozen_statistics(self.module)
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of a new batch in the running statistics; None where it is not one number."""
+        momentum = getattr(self.module, "momentum", None)
+        return momentum if isinstance(momentum, (int, float)) else None
 
     @property
     def tracked(self) -> tuple[Tensor, Tensor, int] | None:
@@ -83,8 +96,8 @@ class NormFacts:
 
     @property
     def fixed(self) -> bool:
-        """Whether it is frozen by TrueNorm's option, and so cannot move."""
-        return isinstance(self.module, BatchNorm) and self.module.options.frozen
+        """Whether it is frozen by its class or by TrueNorm's option, and so cannot move."""
+        return self.foreign or (isinstance(self.module, BatchNorm) and self.module.options.frozen)
 
     @property
     def learns(self) -> bool:
@@ -247,7 +260,11 @@ def gather(
     Raises:
         InputError: the model has no normalization, or data have no batch.
     """
-    norms = {n: NormFacts(n, m) for n, m in model.named_modules() if isinstance(m, NORMS)}
+    norms = {
+        name: NormFacts(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) or frozen_statistics(module)
+    }
     facts = Facts(model, norms, optimizer)
     if data is None:
         facts.norms = {n: norm for n, norm in norms.items() if not _shapeless(norm.module)}

@@ -47,5 +47,7 @@ def _why_left(layer: nn.Module, to: Target) -> str | None:
         trial = copy.deepcopy(bare)
     except Exception:  # of what a user put into it
         return None
-    rows = convert(trial, to=to).rows
-    return next((row.note for row in rows if not row.layer and not row.changed), None)
+    rows = [row for row in convert(trial, to=to).rows if not row.layer]
+    if not rows:
+        return "it is no norm of torch's"
+    return None if rows[0].changed else rows[0].note

@@ -25,6 +25,7 @@ from truenorm.doctor.checks.modes import shapes
 from truenorm.doctor.checks.remedies import Remedy, converting
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
+from truenorm.layers.foreign import epsilon
 
 
 def never_updated(facts: Facts) -> Iterator[Found]:
@@ -50,7 +51,7 @@ def never_updated(facts: Facts) -> Iterator[Found]:
             elif batches > 0:
                 cause = "batches were counted, but a momentum of 0 never moved them"
             yield Found(norm.name, severity, cause, evidence)
-        elif norm.module.momentum == 0 and not norm.fixed:
+        elif norm.momentum == 0 and not norm.fixed:
             cause = "momentum is 0: a batch never moves them"
             yield Found(norm.name, "warning", cause, evidence | {"momentum": 0.0})
 
@@ -119,8 +120,8 @@ def window(facts: Facts) -> Iterator[Found]:
     """A momentum that does not fit the number of steps, or is of the opposite convention."""
     for norm in tracking(facts):
         _, var, batches = norm.tracked  # type: ignore[misc]
-        momentum = norm.module.momentum
-        if norm.fixed or not isinstance(momentum, (int, float)):
+        momentum = norm.momentum
+        if norm.fixed or momentum is None:
             continue
         if OTHER_CONVENTION < momentum <= 1:
             cause = "this momentum weighs the new batch; in Keras and Flax it weighs the average"
@@ -160,9 +161,9 @@ def half_precision(facts: Facts) -> Iterator[Found]:
     """Running statistics kept in half precision."""
     for norm in tracking(facts):
         mean, _, _ = norm.tracked  # type: ignore[misc]
-        if mean.dtype.itemsize >= 4:
+        if mean.dtype.itemsize >= 4 or norm.foreign:
             continue
-        momentum = norm.module.momentum or 0.0
+        momentum = norm.momentum or 0.0
         trains = facts.optimizer is not None or facts.trains
         yield Found(
             norm.name,
@@ -346,8 +347,8 @@ def _statistics_distance(a: nn.Module, b: nn.Module) -> tuple[float, str]:
             assert m.running_var is not None
             assert n.running_mean is not None
             assert n.running_var is not None
-            std = (m.running_var.double().clamp(min=0) + m.eps).sqrt()
-            other = (n.running_var.double().clamp(min=0) + n.eps).sqrt()
+            std = (m.running_var.double().clamp(min=0) + epsilon(m)).sqrt()
+            other = (n.running_var.double().clamp(min=0) + epsilon(n)).sqrt()
             gap = ((m.running_mean - n.running_mean).abs() / std).max()
             ratio = (std / other).log().abs().max()
             here = float(torch.maximum(gap, ratio))
