@@ -100,7 +100,11 @@ def test_the_gap_is_laid_to_the_layer_that_carries_it(kind):
         (finding,) = tn.examine(model, batches(kind)).of("TN103")
         assert finding.layer == names[which]
         assert 50 < finding.evidence["exact over running variance"] < 120
-        finding.fix()
+        if finding.fix is None:  # surer answers, and a lower loss: recalibrate would refuse
+            assert "keep_worse=True" in finding.advice
+            tn.recalibrate(model, batches(kind), keep_worse=True)
+        else:
+            finding.fix()
         assert not tn.examine(model, batches(kind)).of("TN103")
 
 

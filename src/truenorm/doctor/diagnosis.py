@@ -13,10 +13,10 @@ from torch import nn
 
 from truenorm.calling.borrowing import borrowed, eager, to_eval
 from truenorm.calling.call import Arguments, Loss
-from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.check import SEVERITIES, Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
-from truenorm.doctor.finding import SEVERITIES, Finding, Skipped
+from truenorm.doctor.finding import Finding, Skipped
 from truenorm.doctor.ledger.book import Book
 from truenorm.errors import InputError, choose
 
@@ -70,9 +70,9 @@ class Diagnosis:
             next diagnosis.
         """
         tried = [finding for finding in self.findings if finding.fix is not None]
-        for finding in tried:
-            assert finding.fix is not None
-            finding.fix()
+        for fix in dict.fromkeys(finding.fix for finding in tried):  # some mend several at once
+            assert fix is not None
+            fix()
         if not tried or self._again is None:
             return tuple(tried)
         after = self._again({finding.code for finding in tried})

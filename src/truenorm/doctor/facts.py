@@ -18,6 +18,8 @@ from truenorm.calling import call as calling
 from truenorm.calling.borrowing import to_eval, unwrapped
 from truenorm.calling.flow import Flow, flow_of
 from truenorm.calling.nested import examples_of, tensors_in
+from truenorm.doctor.initial import mostly_drawn
+from truenorm.doctor.scores import losses_of, rights_of
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.foreign import epsilon, frozen_statistics
@@ -128,9 +130,22 @@ class Evaluation:
     right: float = 0.0
     judged: int = 0
     answers: list[Tensor | None] = field(default_factory=list)  # of each batch, where it has any
+    lost: list[Tensor | None] = field(default_factory=list)  # each example's loss, by batches
+    hit: list[Tensor | None] = field(default_factory=list)  # likewise, whether it is right
 
-    def add(self, output: Any, target: Any, examples: int, loss: calling.Loss | None) -> None:
-        """Take in what the model made of one batch."""
+    def add(
+        self,
+        output: Any,
+        target: Any,
+        examples: int,
+        loss: calling.Loss | None,
+        *,
+        each: bool = False,
+    ) -> None:
+        """Take in what the model made of one batch; also of ``each`` example by itself."""
+        if each:
+            self.lost.append(losses_of(output, target, examples, loss))
+            self.hit.append(rights_of(output, target))
         value = calling.loss_of(output, target, loss)
         accuracy = calling.accuracy_of(output, target)
         if value is not None:
@@ -197,10 +212,19 @@ class Facts:
 
     @property
     def untrained(self) -> bool:
-        """Whether the model looks as its constructor left it: all statistics, gammas and betas."""
+        """Whether the model looks as its constructor left it.
+
+        All statistics do, and all gammas and betas; or, where these begin random, most weights.
+        """
         tracking = [norm for norm in self.batch_norms if norm.tracked is not None]
         stepped = self.optimizer is not None and bool(self.optimizer.state)
-        return bool(tracking) and not stepped and all(n.untouched and n.initial for n in tracking)
+        if stepped or not tracking or not all(norm.untouched for norm in tracking):
+            return False
+        return all(norm.initial for norm in tracking) or self._drawn
+
+    @functools.cached_property
+    def _drawn(self) -> bool:
+        return mostly_drawn(self.model)
 
     @property
     def trains(self) -> bool:
@@ -218,12 +242,13 @@ class Facts:
         learns = any(p.requires_grad for p in self.model.parameters())
         return not own or not learns or norm.learns
 
-    def evaluate(self, parts: Sequence[tuple[int, Any]]) -> Evaluation:
+    def evaluate(self, parts: Sequence[tuple[int, Any]], *, each: bool = False) -> Evaluation:
         """Evaluate batches as the model stands, in its present modes.
 
         Args:
             parts: numbered batches; each is begun from the random state that its number gives, so
                 that a model that draws in evaluation draws the same each time.
+            each: also take in each example by itself.
         """
         result = Evaluation()
         assert self.call is not None
@@ -231,7 +256,7 @@ class Facts:
             torch.manual_seed(number)
             with torch.no_grad():
                 out, target = self.call(batch)
-            result.add(out, target, examples_of(batch), self.loss)
+            result.add(out, target, examples_of(batch), self.loss, each=each)
         return result
 
 
@@ -345,7 +370,7 @@ def observe(facts: Facts) -> None:
                 calls.clear()
                 torch.manual_seed(place["batch"])  # see Facts.evaluate
                 out, target = call(batch)
-                facts.evaluated.add(out, target, examples_of(batch), facts.loss)
+                facts.evaluated.add(out, target, examples_of(batch), facts.loss, each=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.conversion import Target, convert
+from truenorm.layers.settling import why_kept
 
 
 class Remedy(NamedTuple):
@@ -51,3 +55,23 @@ def _why_left(layer: nn.Module, to: Target) -> str | None:
     if not rows:
         return "it is no norm of torch's"
     return None if rows[0].changed else rows[0].note
+
+
+def unfreezing(facts: Facts, norm: NormFacts) -> str | None:
+    """What recalibration wants first of a layer that it would leave; None where it takes it."""
+    module = norm.module
+    if norm.foreign:
+        return (
+            "Load its statistics again: it is frozen by its class, and truenorm.recalibrate takes "
+            "batch norms alone."
+        )
+    if norm.tracked is None or not isinstance(module, _BatchNorm):
+        return None
+    learns = any(p.requires_grad for p in facts.model.parameters())
+    why = why_kept(module, training=facts.model.training, learns=learns)
+    if not why:
+        return None
+    first = "call its requires_grad_(True) first" if norm.learned[0] is not None else "train() it"
+    if isinstance(module, BatchNorm) and module.options.frozen:
+        first = f"truenorm.convert(model, to='unfrozen', where={norm.name!r}) first"
+    return f"truenorm.recalibrate leaves this layer, which {why}: {first}, and freeze it again."

@@ -22,7 +22,7 @@ from truenorm.doctor.check import (
     tracking,
 )
 from truenorm.doctor.checks.modes import shapes
-from truenorm.doctor.checks.remedies import Remedy, converting
+from truenorm.doctor.checks.remedies import Remedy, converting, unfreezing
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 from truenorm.layers.foreign import epsilon
@@ -50,7 +50,9 @@ def never_updated(facts: Facts) -> Iterator[Found]:
                 cause = "neither its statistics nor its weight and bias have been trained"
             elif batches > 0:
                 cause = "batches were counted, but a momentum of 0 never moved them"
-            yield Found(norm.name, severity, cause, evidence)
+            # It is the data that such a layer lacks, and a frozen one takes none.
+            advice = None if untrained or not called else unfreezing(facts, norm)
+            yield Found(norm.name, severity, cause, evidence, advice=advice)
         elif norm.momentum == 0 and not norm.fixed:
             cause = "momentum is 0: a batch never moves them"
             yield Found(norm.name, "warning", cause, evidence | {"momentum": 0.0})
@@ -74,15 +76,17 @@ def not_finite(facts: Facts) -> Iterator[Found]:
         tensors |= {name: tensor for name, tensor in named if tensor is not None}
         bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in tensors.items()}
         bad = {name: number for name, number in bad.items() if number}
+        evidence: dict[str, Any]
         negative = norm.tracked is not None and bool((norm.tracked[1] < 0).any())
         if bad:
             cause = "one batch that was not finite never leaves an average"
-            yield Found(
-                norm.name, "error", cause, {f"not finite in {k}": v for k, v in bad.items()}
-            )
+            evidence = {f"not finite in {k}": v for k, v in bad.items()}
+            yield Found(norm.name, "error", cause, evidence, advice=unfreezing(facts, norm))
         elif negative:
             least = float(norm.tracked[1].min())  # type: ignore[index]
-            yield Found(norm.name, "error", "a variance is negative", {"least running_var": least})
+            evidence = {"least running_var": least}
+            advice = unfreezing(facts, norm)
+            yield Found(norm.name, "error", "a variance is negative", evidence, advice=advice)
 
 
 def ceased_to_be_finite(book: Book, facts: Facts) -> Iterator[Found]:
@@ -145,7 +149,8 @@ def window(facts: Facts) -> Iterator[Found]:
                 cause = "too few batches for this momentum: the initial values still weigh most"
                 possible = float(var.min()) >= 0.99 * share
                 severity = "warning" if share > UNMOVED_SHARE and possible else "note"
-                yield Found(norm.name, severity, cause, evidence)
+                advice = unfreezing(facts, norm)
+                yield Found(norm.name, severity, cause, evidence, advice=advice)
 
 
 TN104 = Check(
@@ -192,7 +197,8 @@ def _digits(dtype: torch.dtype) -> str:
 COLLAPSED_VAR = 0.01
 COLLAPSED_GAMMA = 1e-4  # of the largest |gamma|
 COLLAPSED_SHARE = 0.1
-TINY_GAMMA = 1e-6  # a layer whose largest |gamma| is below it gives its bias alone
+TINY_GAMMA = 1e-4  # a layer whose largest |gamma| is below it gives its bias alone
+STARTING_BETA = 1e-3  # a branch that starts at 0 moves gamma and beta alike
 EXPLODED_VAR = 1e7
 
 
@@ -236,14 +242,17 @@ TN106 = Check(
 
 def _gammas_gone(facts: Facts, norm: NormFacts) -> int:
     """How many gammas are nothing beside the largest, or by themselves."""
-    weight = norm.learned[0]
+    weight, bias = norm.learned
     if weight is None:
         return 0
     size = weight.detach().abs()
     largest = float(size.max())
-    if largest == 0:  # a residual branch starts so
-        return 0 if facts.flow is None or _joins(facts.flow, norm) else len(size)
-    return len(size) if largest < TINY_GAMMA else int((size < COLLAPSED_GAMMA * largest).sum())
+    if largest < TINY_GAMMA:
+        # A residual branch may start so, with a beta of 0; one that has been trained has another.
+        starts = bias is None or float(bias.detach().abs().max()) < STARTING_BETA
+        joins = facts.flow is None or _joins(facts.flow, norm)
+        return 0 if starts and joins else len(size)
+    return int((size < COLLAPSED_GAMMA * largest).sum())
 
 
 def _joins(flow: Flow, norm: NormFacts) -> bool:
