@@ -157,7 +157,7 @@ def test_weights_that_grew_after_the_statistics_were_taken_are_a_misfit_of_the_n
     before, norm = model.features[0], model.features[1]
     with torch.no_grad():
         before.weight.mul_(3)
-    (found,) = [f for f in tn.examine(model, batches("convnet")).of("TN103")]
+    (found,) = tn.examine(model, batches("convnet")).of("TN103")
     assert model.get_submodule(found.layer) is norm
     assert found.evidence["exact over running variance"] == pytest.approx(9, rel=0.3)
     assert found.severity == "error"
