@@ -43,7 +43,7 @@ def _drawn(layer: nn.Module) -> bool | None:
     if any(bound * (1 - UNIFORM_EDGE / number) <= largest <= bound * 1.0001 for bound in bounds):
         return True
     if number < NORMAL_ENTRIES:
-        return None
+        return False  # normal numbers, or trained ones
     spread, error = float(weight.double().std()), NORMAL_ERRORS / math.sqrt(2 * number)
     usual = [*_USUAL, *(math.sqrt(k / fan) for fan in fans for k in (1, 2))]
     return any(abs(spread / each - 1) <= error for each in usual)
