@@ -91,7 +91,7 @@ def called(case: Case, kind: type[nn.Module] = _BatchNorm) -> list[Called]:
         if isinstance(module, kind):
 
             def look(module: nn.Module, args: Any, name: str = name) -> None:
-                shape = tuple(args[0].shape) if args else ()
+                shape = tuple(getattr(args[0], "shape", ())) if args else ()
                 seen.append(Called(name, module, shape))  # type: ignore[arg-type]
 
             handles.append(module.register_forward_pre_hook(look))
