@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import foreign
 import truenorm as tn
 from patients import Activated
 from truenorm.calling.borrowing import borrowed
@@ -219,7 +220,7 @@ def test_dead_channels_are_a_warning_from_two_and_a_tenth_on(
     assert found("TN106", model) == ([] if alone else severity)
 
 
-@pytest.mark.parametrize(("gamma", "severity"), [(0.9e-6, WARNING), (1.1e-6, [])])
+@pytest.mark.parametrize(("gamma", "severity"), [(0.9e-4, WARNING), (1.1e-4, [])])
 def test_gammas_that_are_all_tiny_are_gone(gamma, severity):
     model = net(bn())
     nn.init.constant_(model[1].weight, gamma)
@@ -229,6 +230,7 @@ def test_gammas_that_are_all_tiny_are_gone(gamma, severity):
 def test_a_gamma_of_0_is_gone_unless_it_starts_a_residual_branch():
     norm = bn(5)
     nn.init.zeros_(norm.weight)
+    nn.init.zeros_(norm.bias)
     parts = {"inner": nn.Linear(5, 5), "norm": norm, "head": nn.Linear(5, 3)}
     straight = Forward(lambda m, x: m.head(m.norm(m.inner(x))), **parts).eval()
     branch = Forward(lambda m, x: m.head(x + m.norm(m.inner(x))), **parts).eval()
@@ -285,6 +287,17 @@ def test_layers_that_follow_each_other_may_be_made_as_copies():
     assert found("TN107", model) == NOTE
 
 
+def test_copies_one_of_which_calls_a_layer_twice_are_compared_by_their_names():
+    shared, apart = (nn.Sequential(nn.Linear(4, 4), bn(4), nn.Linear(4, 4), bn(4)) for _ in "ab")
+    shared[2], shared[3] = shared[0], shared[1]
+    apart.load_state_dict(shared.state_dict())
+    model = nn.ModuleDict({"a": shared, "b": apart}).eval()
+    assert found("TN107", model) == []
+    apart[3].running_mean.fill_(9)
+    (finding,) = tn.examine(model).of("TN107")
+    assert (finding.severity, finding.layer) == ("error", "b.3")
+
+
 def test_copies_with_tied_or_with_other_parameters_have_statistics_of_their_own():
     for index in (None, 0):
         model = copies()
@@ -295,6 +308,177 @@ def test_copies_with_tied_or_with_other_parameters_have_statistics_of_their_own(
         else:
             model["b"][0].weight = model["a"][0].weight
         assert found("TN107", model) == []
+
+
+PICTURES = [(torch.randn(16, 3, 8, 8), torch.randint(0, 3, (16,))) for _ in range(4)]
+
+
+# -- what has been trained -----------------------------------------------------------------------
+
+
+def random_gammas(initialize, channels=24):
+    """As RepVGG of timm begins: gammas and betas drawn at random, statistics untouched."""
+    torch.manual_seed(0)
+    layers = []
+    for before in (3, channels, channels):
+        conv, norm = nn.Conv2d(before, channels, 3, bias=False), nn.BatchNorm2d(channels)
+        initialize(conv.weight)
+        nn.init.normal_(norm.weight, 0.1, 0.1)
+        nn.init.normal_(norm.bias, 0, 0.1)
+        layers += [conv, norm, nn.ReLU()]
+    last = nn.Linear(channels, 3)
+    nn.init.normal_(last.weight, 0, 0.01)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+
+
+INITIALIZATIONS = {
+    "torch's": lambda w: nn.init.kaiming_uniform_(w, 5**0.5),
+    "kaiming normal": lambda w: nn.init.kaiming_normal_(w, mode="fan_out"),
+    "xavier uniform": nn.init.xavier_uniform_,
+    "normal": lambda w: nn.init.normal_(w, 0, 0.02),
+}
+
+
+@pytest.mark.parametrize("initialize", INITIALIZATIONS.values(), ids=INITIALIZATIONS)
+def test_a_model_whose_gammas_begin_random_has_not_been_trained_before_its_first_step(initialize):
+    model = random_gammas(initialize)
+    assert found("TN101", model) == [*NOTE, *NOTE, *NOTE]
+    assert tn.examine(model, PICTURES).healthy
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model.eval()
+    for x, y in PICTURES * 6:  # in eval mode, so that statistics stay
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert found("TN101", model) == [*ERROR, *ERROR, *ERROR]
+
+
+# -- gammas crushed, and branches that start at 0 -------------------------------------------------
+
+
+class Residual(nn.Module):
+    """x + norm(conv(relu(norm(conv(x)))))."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), used(nn.BatchNorm2d(channels)), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), used(nn.BatchNorm2d(channels)),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def residual():
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(3, 8, 3), Residual(), Residual()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("data", [None, PICTURES], ids=["bare", "data"])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-5, 3e-5])
+@pytest.mark.parametrize("which", [1, 4], ids=["within", "last of a branch"])
+def test_gammas_that_were_crushed_are_found_wherever_they_sit(which, size, data):
+    model = residual()
+    norm = model[2].body[which]
+    with torch.no_grad():
+        norm.weight.mul_(size).mul_(torch.linspace(0.5, 1.5, 8))
+        norm.bias.normal_(0, 0.3)
+    (finding,) = tn.examine(model, data).of("TN106")
+    assert (finding.severity, finding.layer) == ("warning", f"2.body.{which}")
+    assert finding.evidence["gamma near 0"] == 8
+
+
+@pytest.mark.parametrize("data", [None, PICTURES], ids=["bare", "data"])
+@pytest.mark.parametrize("moved", [0.0, 1e-6, 2e-5])
+def test_a_branch_that_started_at_0_is_no_fault_before_it_has_been_trained(moved, data):
+    model = residual()
+    norm = model[2].body[4]
+    with torch.no_grad():
+        norm.weight.normal_().mul_(moved)
+        norm.bias.normal_().mul_(moved)
+    assert found("TN106", model, data) == []
+
+
+# -- frozen norms of other packages ---------------------------------------------------------------
+
+
+FROZEN = (foreign.FrozenNorm, foreign.CountedFrozenNorm, foreign.NumberFrozenNorm)
+
+
+def frozen(kind):
+    """Convolution, frozen norm, head; in train mode."""
+    torch.manual_seed(0)
+    norm = kind(8)
+    norm.running_mean.fill_(0.3)
+    norm.weight.uniform_(0.5, 1.5)
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.ReLU(), *tail)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_frozen_norm_of_another_package_is_a_norm_and_healthy(kind, training):
+    model = frozen(kind).train(training)
+    for data in (None, PICTURES):
+        diagnosis = tn.examine(model, data)
+        assert diagnosis.layers == 1
+        assert diagnosis.healthy, str(diagnosis)
+        assert not any(f.layer == "1" for f in diagnosis.findings), str(diagnosis)
+    half = tn.examine(model.half())
+    assert half.findings == ()
+
+
+@pytest.mark.parametrize("tensor", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_nan_in_a_frozen_norm_of_another_package_is_an_error(kind, tensor):
+    model = frozen(kind)
+    getattr(model[1], tensor)[2] = float("nan")
+    for data in (None, PICTURES):
+        (finding,) = tn.examine(model, data).of("TN102")
+        assert (finding.severity, finding.layer) == ("error", "1")
+        assert finding.evidence == {f"not finite in {tensor}": 1}
+
+
+def test_what_recalibration_leaves_is_not_advised_without_what_it_wants_first():
+    def advice(code, model, **given):
+        return {f.advice for f in tn.examine(model, **given).of(code)}
+
+    plain = net(bn())
+    plain[1].running_mean[0] = float("nan")
+    assert not any("leaves this layer" in text for text in advice("TN102", plain))
+    plain[1].requires_grad_(False)  # in eval mode, while others learn
+    (told,) = advice("TN102", plain)
+    assert "leaves this layer, which is frozen: its weight" in told
+    assert "requires_grad_(True) first" in told
+    data = rows(16, 5)
+    assert tn.recalibrate(plain, data).left
+    plain[1].requires_grad_(True)
+    assert tn.recalibrate(plain, data).rows
+    fixed = net(ours(frozen=True))
+    fixed[1].running_mean[0] = float("nan")
+    (told,) = advice("TN102", fixed)
+    assert "truenorm.convert(model, to='unfrozen', where='1') first" in told
+    assert tn.recalibrate(fixed, data).left
+    tn.convert(fixed, to="unfrozen", where="1")
+    assert tn.recalibrate(fixed, data).rows
+    alien = frozen(foreign.FrozenNorm)
+    alien[1].running_mean[0] = float("nan")
+    (told,) = advice("TN102", alien)
+    assert told.startswith("Load its statistics again")
+    reset = net(bn(), bn()).requires_grad_(True)
+    reset[1].requires_grad_(False)
+    reset[1].reset_running_stats()
+    (told,) = advice("TN101", reset)
+    assert "leaves this layer" in told
+
+
+def test_dead_channels_of_a_frozen_norm_of_another_package_are_found():
+    model = frozen(foreign.NumberFrozenNorm).eval()
+    model[1].weight[:4] = 1e-9
+    assert found("TN106", model) == WARNING
 
 
 # -- TN2xx ----------------------------------------------------------------------------------------
@@ -634,6 +818,37 @@ def test_a_subclass_with_a_forward_of_its_own_is_a_note():
 
     assert found("TN502", used(Activated(3)).eval()) == NOTE
     assert found("TN502", used(Plain(3)).eval()) == []
+
+
+def with_inner_activations():
+    acts = {"act": nn.SiLU(), "drop": nn.Dropout2d(0.1)}
+    norms = [foreign.BatchNormAct(8, **acts), foreign.BatchNormAct(8, act=nn.Identity())]
+    layers = [nn.Conv2d(3, 8, 3), used(norms[0]), nn.ReLU(), nn.Conv2d(8, 8, 3), used(norms[1])]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("data", [None, PICTURES], ids=["bare", "data"])
+def test_modules_left_in_a_norm_that_calls_none_are_a_loss(data):
+    assert "error" not in found("TN502", with_inner_activations(), data)
+    lost = nn.SyncBatchNorm.convert_sync_batchnorm(with_inner_activations()).eval()
+    (finding,) = tn.examine(lost, data).of("TN502")
+    assert (finding.severity, finding.layer) == ("error", "1")
+    assert "act (SiLU)" in finding.cause
+    assert "drop (Dropout2d)" in finding.cause
+    assert finding.evidence == {"layers": 1, "of": 2}
+
+
+def test_modules_in_a_norm_that_others_call_are_no_loss():
+    norm = used(nn.BatchNorm1d(5))
+    norm.act = nn.ReLU()
+    model = Forward(lambda m, x: m.norm.act(m.norm(x)), norm=norm).eval()
+    assert found("TN502", model, rows(16, 5)) == []
+    assert found("TN502", model) == ERROR
+    norm.register_forward_hook(lambda norm, _, y: norm.act(y))
+    assert found("TN502", model) == []
+    parametrized = used(nn.BatchNorm1d(5))
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+    assert found("TN502", parametrized.eval()) == []
 
 
 def test_norms_between_weighted_layers_have_lost_their_activations():

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import blind
 import faults
+import zoo
 from faults import FAULTS, OF_THE_LEDGER
 from truenorm.doctor.checks.catalogue import CHECKS
 
@@ -51,6 +53,13 @@ def test_every_code_has_three_faults_or_is_told_by_the_ledger():
 def test_a_code_has_patients_of_three_architectures(code):
     hosts = {p.host for p in PLANS if p.code == code and not faults.missed(p)}
     assert len(hosts) >= 3
+
+
+def test_the_blind_hosts_are_none_of_those_that_rules_were_made_with():
+    hosts = {plan.host for plan in PLANS}
+    assert not hosts & set(blind.NAMES)
+    assert not set(zoo.NAMES) & set(blind.NAMES)
+    assert {plan.code for plan in faults.blind_plans()} > {"TN102", "TN103", "TN106", "TN502"}
 
 
 def test_what_is_missed_is_planted():

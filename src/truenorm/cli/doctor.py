@@ -75,15 +75,16 @@ def doctor(
     known = report.known(baseline) if baseline is not None else set()
     opened = targets.open_target(target, data, label)
     kind = "json" if json else format or ("text" if fix else report.format_of(out))
-    applied = None
+    applied, tried = None, 0
     with targets.foreign(f"{target} could not be examined"):
         diagnosis = truenorm.examine(opened.model, opened.batches)
         if fix:
+            tried = sum(finding.fix is not None for finding in diagnosis.findings)
             applied = diagnosis.fix()
             diagnosis = truenorm.examine(opened.model, opened.batches)
     if fix and out is not None:
         opened.save(out)
-        report.mended(applied or (), out)
+        report.mended(applied or (), out, tried=tried)
     place = None if fix else out
     report.deliver(diagnosis, kind, place, name=opened.name, file=opened.file, applied=applied)
     if baseline is not None:

@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from truenorm.calling.flow import Flow, ModuleCall
+from torch import nn
+
+from truenorm.calling.flow import Flow, ModuleCall, Node
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 
 Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")  # the worst first
 Needs = Literal["model", "data", "optimizer", "ledger"]
 # Operations with weights, by the names that flow gives them.
 WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"} | {
     f"conv_transpose{n}d" for n in (1, 2, 3)
+}
+
+NORMALIZING = {
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "sync_batch_norm"),
 }
 
 
@@ -94,3 +101,23 @@ def calls_of(facts: Facts, norms: list[NormFacts]) -> Iterator[tuple[NormFacts, 
         for call in flow.calls_of(norm.name)[:1]:
             if call.input is not None:
                 yield norm, call
+
+
+def dropouts_before(flow: Flow, number: int, modules: dict[str, nn.Module]) -> list[Node]:
+    """Dropouts that drop something on the ways to the node ``number``, nearest first.
+
+    A norm between takes up what they do to the variance.
+    """
+
+    def through(node: Node) -> bool:
+        return node.op not in NORMALIZING and "dropout" not in node.op
+
+    start = flow.nodes[number]
+    nodes = [start, *(flow.upstream(number, through) if through(start) else ())]
+    return [node for node in nodes if "dropout" in node.op and rate_of(node, modules) > 0]
+
+
+def rate_of(node: Node, modules: dict[str, nn.Module]) -> float:
+    """The rate of a dropout; 0.5 where it is not named."""
+    p = getattr(modules.get(node.module), "p", node.keywords.get("p", 0.5))
+    return p if isinstance(p, float) else 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 
 from truenorm.calling.borrowing import borrowed, eager, to_eval
 from truenorm.calling.call import Arguments, Loss
-from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.check import SEVERITIES, Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
-from truenorm.doctor.finding import SEVERITIES, Finding, Skipped
+from truenorm.doctor.finding import Finding, Skipped
 from truenorm.doctor.ledger.book import Book
 from truenorm.errors import InputError, choose
 
@@ -39,6 +39,7 @@ class Diagnosis:
     passed: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     layers: int
+    _again: Callable[[Collection[str]], Diagnosis] | None = field(default=None, compare=False)
 
     @property
     def healthy(self) -> bool:
@@ -62,12 +63,29 @@ class Diagnosis:
         )
 
     def fix(self) -> tuple[Finding, ...]:
-        """Apply every remedy there is, errors first; return the findings that had one."""
-        mended = tuple(finding for finding in self.findings if finding.fix is not None)
-        for finding in mended:
-            assert finding.fix is not None
-            finding.fix()
-        return mended
+        """Apply every remedy there is, errors first, and examine the model again.
+
+        Returns:
+            the findings that had a remedy and are gone. What a remedy did not help stands in the
+            next diagnosis.
+        """
+        tried = [finding for finding in self.findings if finding.fix is not None]
+        for fix in dict.fromkeys(finding.fix for finding in tried):  # some mend several at once
+            assert fix is not None
+            fix()
+        if not tried or self._again is None:
+            return tuple(tried)
+        after = self._again({finding.code for finding in tried})
+        return tuple(finding for finding in tried if not self._stands(finding, after))
+
+    def _stands(self, finding: Finding, after: Diagnosis) -> bool:
+        """Whether the fault is in the diagnosis made ``after`` the fix, as severe, or elsewhere."""
+        before = {other.layer for other in self.of(finding.code)}
+        worse = SEVERITIES[: SEVERITIES.index(finding.severity) + 1]
+        return any(
+            other.severity in worse and (other.layer == finding.layer or other.layer not in before)
+            for other in after.of(finding.code)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite become text."""
@@ -149,16 +167,29 @@ def examine(
         InputError: data without a batch, a batch the model cannot be called on, or a model on the
             meta device, whose tensors have no values.
     """
+    given = {"optimizer": optimizer, "loss": loss, "device": device, "arguments": arguments}
+    return _examine(model, data, CHECKS, given)
+
+
+def _examine(
+    model: nn.Module, data: Iterable[Any] | None, checks: Iterable[Check], given: dict[str, Any]
+) -> Diagnosis:
+    """Look for the faults of ``checks``."""
     _refuse_without_values(model)
     with borrowed(model), eager(model):
-        facts = gather(
-            model, data, optimizer=optimizer, loss=loss, device=device, arguments=arguments
-        )
+        facts = gather(model, data, **given)
         modes = {m: m.training for m in model.modules()}
         if data is not None:
             observe(facts)
-        results = [seen_in_model(check, facts, modes) for check in CHECKS]
-    return _diagnosis(results, len(facts.norms))
+        results = [seen_in_model(check, facts, modes) for check in checks]
+    mendable = [r.check for r in results if any(found.fix is not None for found in r.found)]
+    # Not data themselves, which may be gone by now; and none, if no check asks for them.
+    batches = facts.batches if any(c.looks_at == "data" for c in mendable) else None
+
+    def again(codes: Collection[str]) -> Diagnosis:
+        return _examine(model, batches, [c for c in CHECKS if c.code in codes], given)
+
+    return replace(_diagnosis(results, len(facts.norms)), _again=again if mendable else None)
 
 
 def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
@@ -174,7 +205,12 @@ def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
             if check.watched is not None:
                 result = _both(seen_in_training(check, book, facts), result)
             results.append(result)
-    return _diagnosis(results, len(facts.norms))
+
+    def again(codes: Collection[str]) -> Diagnosis:
+        given = dict.fromkeys(("optimizer", "loss", "device", "arguments"))
+        return _examine(model, None, [c for c in CHECKS if c.code in codes], given)
+
+    return replace(_diagnosis(results, len(facts.norms)), _again=again)
 
 
 def _refuse_without_values(model: nn.Module) -> None:

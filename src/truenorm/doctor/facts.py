@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from truenorm.calling import call as calling
 from truenorm.calling.borrowing import to_eval, unwrapped
 from truenorm.calling.flow import Flow, flow_of
 from truenorm.calling.nested import examples_of, tensors_in
+from truenorm.doctor.initial import mostly_drawn
+from truenorm.doctor.scores import losses_of, rights_of
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
-from truenorm.layers.foreign import epsilon
+from truenorm.layers.foreign import epsilon, frozen_statistics
 from truenorm.layers.functional import Moments, moments, valid, wide
 from truenorm.layers.norms import NORMS
 
@@ -58,12 +61,23 @@ class NormFacts:
     @property
     def eps(self) -> float:
         """What it adds to the variance."""
-        return float(epsilon(self.module))
+        return epsilon(self.module)
 
     @property
     def is_batch(self) -> bool:
-        """Whether it normalizes over the batch."""
-        return isinstance(self.module, _BatchNorm)
+        """Whether it normalizes over the batch, or by what a batch norm has gathered."""
+        return isinstance(self.module, _BatchNorm) or self.foreign
+
+    @functools.cached_property
+    def foreign(self) -> bool:
+        """Whether it is another package's frozen batch norm, which is none of torch's."""
+        return frozen_statistics(self.module)
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of a new batch in the running statistics; None where it is not one number."""
+        momentum = getattr(self.module, "momentum", None)
+        return momentum if isinstance(momentum, (int, float)) else None
 
     @property
     def tracked(self) -> tuple[Tensor, Tensor, int] | None:
@@ -84,8 +98,8 @@ class NormFacts:
 
     @property
     def fixed(self) -> bool:
-        """Whether it is frozen by TrueNorm's option, and so cannot move."""
-        return isinstance(self.module, BatchNorm) and self.module.options.frozen
+        """Whether it is frozen by its class or by TrueNorm's option, and so cannot move."""
+        return self.foreign or (isinstance(self.module, BatchNorm) and self.module.options.frozen)
 
     @property
     def learns(self) -> bool:
@@ -116,9 +130,22 @@ class Evaluation:
     right: float = 0.0
     judged: int = 0
     answers: list[Tensor | None] = field(default_factory=list)  # of each batch, where it has any
+    lost: list[Tensor | None] = field(default_factory=list)  # each example's loss, by batches
+    hit: list[Tensor | None] = field(default_factory=list)  # likewise, whether it is right
 
-    def add(self, output: Any, target: Any, examples: int, loss: calling.Loss | None) -> None:
-        """Take in what the model made of one batch."""
+    def add(
+        self,
+        output: Any,
+        target: Any,
+        examples: int,
+        loss: calling.Loss | None,
+        *,
+        each: bool = False,
+    ) -> None:
+        """Take in what the model made of one batch; also of ``each`` example by itself."""
+        if each:
+            self.lost.append(losses_of(output, target, examples, loss))
+            self.hit.append(rights_of(output, target))
         value = calling.loss_of(output, target, loss)
         accuracy = calling.accuracy_of(output, target)
         if value is not None:
@@ -185,10 +212,19 @@ class Facts:
 
     @property
     def untrained(self) -> bool:
-        """Whether the model looks as its constructor left it: all statistics, gammas and betas."""
+        """Whether the model looks as its constructor left it.
+
+        All statistics do, and all gammas and betas; or, where these begin random, most weights.
+        """
         tracking = [norm for norm in self.batch_norms if norm.tracked is not None]
         stepped = self.optimizer is not None and bool(self.optimizer.state)
-        return bool(tracking) and not stepped and all(n.untouched and n.initial for n in tracking)
+        if stepped or not tracking or not all(norm.untouched for norm in tracking):
+            return False
+        return all(norm.initial for norm in tracking) or self._drawn
+
+    @functools.cached_property
+    def _drawn(self) -> bool:
+        return mostly_drawn(self.model)
 
     @property
     def trains(self) -> bool:
@@ -206,12 +242,13 @@ class Facts:
         learns = any(p.requires_grad for p in self.model.parameters())
         return not own or not learns or norm.learns
 
-    def evaluate(self, parts: Sequence[tuple[int, Any]]) -> Evaluation:
+    def evaluate(self, parts: Sequence[tuple[int, Any]], *, each: bool = False) -> Evaluation:
         """Evaluate batches as the model stands, in its present modes.
 
         Args:
             parts: numbered batches; each is begun from the random state that its number gives, so
                 that a model that draws in evaluation draws the same each time.
+            each: also take in each example by itself.
         """
         result = Evaluation()
         assert self.call is not None
@@ -219,7 +256,7 @@ class Facts:
             torch.manual_seed(number)
             with torch.no_grad():
                 out, target = self.call(batch)
-            result.add(out, target, examples_of(batch), self.loss)
+            result.add(out, target, examples_of(batch), self.loss, each=each)
         return result
 
 
@@ -248,7 +285,11 @@ def gather(
     Raises:
         InputError: the model has no normalization, or data have no batch.
     """
-    norms = {n: NormFacts(n, m) for n, m in model.named_modules() if isinstance(m, NORMS)}
+    norms = {
+        name: NormFacts(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) or frozen_statistics(module)
+    }
     facts = Facts(model, norms, optimizer)
     if data is None:
         facts.norms = {n: norm for n, norm in norms.items() if not _shapeless(norm.module)}
@@ -329,7 +370,7 @@ def observe(facts: Facts) -> None:
                 calls.clear()
                 torch.manual_seed(place["batch"])  # see Facts.evaluate
                 out, target = call(batch)
-                facts.evaluated.add(out, target, examples_of(batch), facts.loss)
+                facts.evaluated.add(out, target, examples_of(batch), facts.loss, each=True)
     finally:
         for handle in handles:
             handle.remove()

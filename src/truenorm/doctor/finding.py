@@ -10,8 +10,6 @@ from typing import Any, Protocol
 from truenorm.doctor import codes
 from truenorm.doctor.check import Severity
 
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-
 
 @dataclass(frozen=True)
 class Finding:

@@ -17,9 +17,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from truenorm.doctor.check import Severity
+from truenorm.doctor.check import SEVERITIES, Severity
 from truenorm.doctor.codes import Code, codes, page
-from truenorm.doctor.finding import SEVERITIES, Examination, Finding
+from truenorm.doctor.finding import Examination, Finding
 from truenorm.templates import render
 
 NAMED = 3  # layers and values that are named where many stand in one row

@@ -212,6 +212,14 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
         ConversionWarning: layers that ``to`` and ``where`` ask for were left, with their classes
             and the reasons; or there was nothing to convert at all. What is so already is no cause.
     """
+    done = converted(model, to=to, where=where, **settings)
+    if done.shortfall:
+        warnings.warn(f"to={to!r}: {done.shortfall}.", ConversionWarning, stacklevel=2)
+    return done
+
+
+def converted(model: nn.Module, *, to: Target, where: Where = None, **settings: Any) -> Conversion:
+    """As :func:`convert`, but what was left is told by the result alone."""
     choose("target", to, get_args(Target))
     _check(to, settings)
     chosen = _selector(where)
@@ -234,10 +242,7 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
         shared = f"one layer, also {', '.join(aliases[1:])}" if aliases[1:] else ""
         note = "; ".join(part for part in (note, shared) if part)
         rows.append(ConvertedNorm(aliases[0], before, after, "changed", note))
-    done = Conversion(model, tuple(rows))
-    if done.shortfall:
-        warnings.warn(f"to={to!r}: {done.shortfall}.", ConversionWarning, stacklevel=2)
-    return done
+    return Conversion(model, tuple(rows))
 
 
 def _selector(where: Where) -> Callable[[str, nn.Module], bool]:

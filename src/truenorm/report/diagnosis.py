@@ -72,11 +72,13 @@ def forgiven(
     print(f"{baseline}: knows {old} of {len(diagnosis.findings)} findings", file=sys.stderr)
 
 
-def mended(applied: Collection[Finding], out: Path) -> None:
-    """Say on stderr what a fix did; stdout shows the model after it."""
+def mended(applied: Collection[Finding], out: Path, *, tried: int) -> None:
+    """Say on stderr which of ``tried`` remedies helped; stdout shows the model after them."""
     for group in grouped(applied):
         print(f"fixed {group.first.code} {group.where}: {group.first.title}", file=sys.stderr)
-    print(f"{'' if applied else 'nothing to fix; '}written to {out}", file=sys.stderr)
+    vain = tried - len(applied)
+    told = f"{vain} of {tried} remedies did not help; " if vain else ""
+    print(f"{told if tried else 'nothing to fix; '}written to {out}", file=sys.stderr)
 
 
 def recalibrated(result: Recalibration, out: Path, *, as_json: bool) -> None:

@@ -78,7 +78,8 @@ def lost_behaviour(facts: Facts) -> Iterator[Found]:
     own = [
         norm
         for norm in facts.batch_norms
-        if not type(norm.module).__module__.startswith(("torch.", "truenorm."))
+        if not norm.foreign
+        and not type(norm.module).__module__.startswith(("torch.", "truenorm."))
         and type(norm.module).forward is not _BatchNorm.forward
         and not isinstance(norm.module, BatchNorm)
     ]
@@ -86,6 +87,8 @@ def lost_behaviour(facts: Facts) -> Iterator[Found]:
         kind = type(norm.module).__name__
         cause = f"{kind} has a forward of its own, which convert_sync_batchnorm would drop"
         yield Found(norm.name, "note", cause, {"class": kind})
+    idle = list(_unused_children(facts))
+    yield from idle
     joint = [norm for norm in facts.batch_norms if isinstance(norm.module, nn.SyncBatchNorm)]
     if not joint or facts.flow is None:
         return
@@ -98,10 +101,38 @@ def lost_behaviour(facts: Facts) -> Iterator[Found]:
         bare = call.input is not None and flow.nodes[call.input].op in WEIGHTED
         if bare and after and all(node.op in WEIGHTED for node in after):
             straight.append(norm.name)
-    if len(straight) * 2 > len(joint):
+    if len(straight) * 2 > len(joint) and not idle:
         cause = "most norms go straight into the next layer: their activations have been lost"
         evidence = {"without activation": len(straight), "of": len(joint)}
         yield Found(straight[0], "error", cause, evidence)
+
+
+# The forwards of torch's own, which call no child.
+_CHILDLESS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _unused_children(facts: Facts) -> Iterator[Found]:
+    """Batch norms that hold modules, with a forward that calls none.
+
+    convert_sync_batchnorm hangs the children of what it replaces into the new layer.
+    """
+    idle: dict[str, list[str]] = {}
+    for norm in facts.batch_norms:
+        hooked = facts.flow is None and bool(norm.module._forward_hooks)  # a hook may call them
+        if type(norm.module).forward in _CHILDLESS and not hooked:
+            parts = [
+                f"{name} ({type(child).__name__})"
+                for name, child in norm.module.named_children()
+                if name != "parametrizations" and not isinstance(child, nn.Identity)
+                if facts.flow is None or not facts.flow.calls_of(f"{norm.name}.{name}".strip("."))
+            ]
+            if parts:
+                idle[norm.name] = parts
+    if idle:
+        first = next(iter(idle))
+        cause = f"its forward calls none of the modules in it: {', '.join(idle[first])}"
+        evidence = {"layers": len(idle), "of": len(facts.batch_norms)}
+        yield Found(first, "error", cause, evidence)
 
 
 TN502 = Check(
@@ -126,8 +157,8 @@ def not_foldable(facts: Facts) -> Iterator[Found]:
     parts, left = planned(subject)
     becomes = {name: form for part in parts for name, form in part.norms.items()}
     for name, norm in tracking.items():
-        if not norm.seen:
-            continue
+        if not norm.seen or (norm.foreign and name not in becomes and name not in left):
+            continue  # folding knows no such norm
         into, form = becomes.get(name, ("", None))
         calls = subject.flow.calls_of(name)
         if "computed anew" in left.get(name, "") and _parametrized(subject, calls[0]):

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from truenorm.calling.call import Call, Prepared
 from truenorm.calling.nested import examples_of, part_of, tensors_in
-from truenorm.doctor.check import Check, Found, NotApplicable, Severity
+from truenorm.doctor.check import (
+    SEVERITIES,
+    Check,
+    Found,
+    NotApplicable,
+    Severity,
+    dropouts_before,
+    flow_of,
+)
 from truenorm.doctor.checks.batches import calls_differ
+from truenorm.doctor.checks.misfit import Misfit, Statistics, misfit_of
 from truenorm.doctor.checks.records import pooled_moments
+from truenorm.doctor.checks.remedies import Remedy
 from truenorm.doctor.facts import Evaluation, Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 from truenorm.layers import recalibration, settling
@@ -32,10 +43,9 @@ ACCURACY_SEVERE = 0.05
 # Where no loss tells, or it does not suffer: answers that differ by half of their size, and by
 # twice what the statistics of two halves of the data make them differ by.
 OUTPUT_GAP, OUTPUT_NOISE = 0.5, 2.0
-# Statistics so far off are wrong, whatever the loss; as a mean over channels of squared shifts and
-# squared logarithms of ratios. Variances 3.4 times off come to it, or means off by 1.2 standard
-# deviations; data of another kind change variances by 2 to 3.
-WRONG_BY = 1.5
+# Odds by chance, over the examples, below which a harm is believed: of one example in 64 that
+# suffers they are a sixth.
+CHANCE = 0.005
 # What the cause tells of: the variance from half as much again, else the mean, or one channel.
 NAMED_RATIO, NAMED_SHIFT = 1.5, 0.5
 # Values per channel in half of the data. A mean of 32 is off by 0.18 standard deviations, a
@@ -48,8 +58,7 @@ MOST_SUSPECTS, MOST_NAMED = 8, 3
 LEADS = 0.5  # of the gap, mended by one layer alone
 FAIR = 0.5  # of the gap; batches that show less are not typical, and all are taken
 LIKE_BEST = 0.8  # of the largest share; less is another
-
-Statistics = tuple[Tensor, Tensor]
+LEAST_SHARE = 0.005  # what is told as 0 %, or is below, is no share
 
 
 class _Half(NamedTuple):
@@ -70,17 +79,20 @@ class _Study:
 
     def judged(self, mended: Collection[NormFacts]) -> Evaluation:
         """The data with exact statistics in ``mended``, running ones in the others."""
+        each = not mended or len(mended) == len(self.norms)  # the two that are compared
         whole = Evaluation()
         try:
             for half in self.halves:
                 for norm in self.norms:
                     _put(norm, half.exact[norm] if norm in mended else self.running[norm])
-                part = self.facts.evaluate(half.parts)
+                part = self.facts.evaluate(half.parts, each=each)
                 whole.losses += part.losses
                 whole.weights += part.weights
                 whole.right += part.right
                 whole.judged += part.judged
                 whole.answers += part.answers
+                whole.lost += part.lost
+                whole.hit += part.hit
         finally:
             for norm in self.norms:
                 _put(norm, self.running[norm])
@@ -132,6 +144,12 @@ class _Study:
         shift = (mean - self.running[norm][0].double()) / (var + norm.eps).sqrt()
         return float((shift.square() + self._ratios(norm).log().square()).mean())
 
+    def misfit(self, norm: NormFacts) -> Misfit:
+        """How far its statistics are off, beyond chance."""
+        one, other = (half.exact[norm] for half in self.halves)
+        examples = sum(examples_of(batch) for batch in self.facts.batches)
+        return misfit_of(norm, self.running[norm], (one, other), examples)
+
     def _of(self, norm: NormFacts, which: int) -> list[Tensor]:
         return [half.exact[norm][which].double() for half in self.halves]
 
@@ -165,27 +183,91 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     study = _study(facts, norms, cut)
     running = study.judged(()) if len(facts.batches) < 2 else _in_order_of(study, facts.evaluated)
     exact = study.judged(norms)
-    harm = _harm(study, running, exact)
-    if harm is None:
-        return
-    shares = _shared(study, running, exact, by_loss=harm.by_loss)
+    misfits, remedy, lead = _misfits(study), _remedy(facts, running, exact), None
+    try:
+        harm = _harm(study, running, exact)
+    except NotApplicable:  # a misfit is one without a measure of harm, too
+        if not misfits:
+            raise
+        harm = None
+    if harm is not None:
+        shares = _shared(study, running, exact, by_loss=harm.by_loss)
+        lead = shares.lead()[0]
+        found = _of_harm(study, harm, shares, misfits.get(lead))
+        left = {"layers left out for too few values": few} if few else {}
+        yield replace(found, evidence=found.evidence | left, fix=remedy.fix, advice=remedy.advice)
+    for norm, misfit in misfits.items():
+        if norm is not lead:
+            yield _of_misfit(study, norm, misfit, _measured_of(running, exact), remedy)
+
+
+def _misfits(study: _Study) -> dict[NormFacts, Misfit]:
+    """The layers whose statistics are off by themselves, in the order of the forward.
+
+    Dropout in training makes variances larger than these data have; TN403 tells of that.
+    """
+    facts = study.facts
+    flow, modules = flow_of(facts), dict(facts.model.named_modules())
+    found = {}
+    for norm in study.norms:
+        misfit = study.misfit(norm)
+        calls = [call.input for call in flow.calls_of(norm.name) if call.input is not None]
+        dropped = any(dropouts_before(flow, number, modules) for number in calls)
+        if misfit.severity == "error" or (misfit.severity and not dropped):
+            found[norm] = misfit
+    return found
+
+
+def _remedy(facts: Facts, running: Evaluation, exact: Evaluation) -> Remedy:
+    """Recalibration, or what it has to be told where it would put the old statistics back."""
+    now, best = running.loss, exact.loss
+    if now is not None and best is not None and best > now:
+        return Remedy(
+            None,
+            f"On these data the loss is {now:.4g}, and {best:.4g} with exact statistics: "
+            "truenorm.recalibrate(model, data) may put the old ones back, for it keeps no worse; "
+            "with keep_worse=True it takes the exact ones.",
+        )
+    return Remedy(lambda: _recalibrate(facts))
+
+
+def _of_harm(study: _Study, harm: _Harm, shares: _Shares, misfit: Misfit | None) -> Found:
+    """What the statistics do worse, and the layer that carries it."""
     lead, share, alone = shares.lead()
-    severity = harm.severity
-    ratio = study.variance_ratio(lead)
-    if severity == "note" and study.suspicion(lead) > WRONG_BY:
-        severity = "warning"
     where = lead.name or "(model)"
     sits = f"{min(max(share, 0), 1):.0%} of the gap sits in {where}"
     if not alone:
-        sits = f"no layer carries the gap alone; the most of it, {share:.0%}, sits in {where}"
-    evidence = harm.evidence | _evidence_of(study, shares)
-    evidence["exact over running variance"] = ratio
-    evidence["shift of the mean in standard deviations"] = study.shift(lead)
+        most = f"the most of it, {share:.0%}, sits in {where}"
+        if share < LEAST_SHARE:
+            most = f"of the layers looked at, that which is off most is {where}"
+        sits = f"no layer carries the gap alone; {most}"
+    evidence = harm.evidence | _evidence_of(study, shares) | _evidence_of_misfit(study, lead)
     evidence["measured on"] = shares.measured
-    if few:
-        evidence["layers left out for too few values"] = few
+    severities = {harm.severity, *([] if misfit is None else [misfit.severity])}
+    severity = next(s for s in SEVERITIES if s in severities)
     cause = f"{sits}, whose {_fault_of(study, lead)}"
-    yield Found(lead.name, severity, cause, evidence, lambda: _recalibrate(facts))
+    return Found(lead.name, severity, cause, evidence)
+
+
+def _of_misfit(
+    study: _Study,
+    norm: NormFacts,
+    misfit: Misfit,
+    measured: dict[str, Any],
+    remedy: Remedy,
+) -> Found:
+    """Statistics that are off by so much that they are wrong, whatever they do here."""
+    evidence = measured | _evidence_of_misfit(study, norm) | {"misfit": misfit.size}
+    cause = f"its {_fault_of(study, norm)}: they are not the statistics of what it gets"
+    assert misfit.severity is not None
+    return Found(norm.name, misfit.severity, cause, evidence, *remedy)
+
+
+def _evidence_of_misfit(study: _Study, norm: NormFacts) -> dict[str, Any]:
+    return {
+        "exact over running variance": study.variance_ratio(norm),
+        "shift of the mean in standard deviations": study.shift(norm),
+    }
 
 
 def evaluated_on_others(book: Book, facts: Facts) -> Iterator[Found]:
@@ -235,8 +317,6 @@ def _norms(facts: Facts) -> list[NormFacts]:
     tracked = [statistic for n in norms for statistic in (n.tracked or ())[:2]]
     if not all(bool(torch.isfinite(statistic).all()) for statistic in tracked):
         raise NotApplicable("statistics that are not finite hide the gap; see TN102")
-    if not facts.evaluated.losses and all(answers is None for answers in facts.evaluated.answers):
-        raise NotApplicable("the model's output holds no loss, and no tensor with answers")
     free = set(settling.chosen(facts.model))
     norms = [norm for norm in norms if norm.module in free]
     if not norms:
@@ -411,6 +491,8 @@ def _in_order_of(study: _Study, evaluation: Evaluation) -> Evaluation:
     order = [number for half in study.halves for number, _ in half.parts]
     reordered = Evaluation(right=evaluation.right, judged=evaluation.judged)
     reordered.answers = [evaluation.answers[number] for number in order]
+    reordered.lost = [evaluation.lost[number] for number in order]
+    reordered.hit = [evaluation.hit[number] for number in order]
     reordered.losses, reordered.weights = evaluation.losses, evaluation.weights
     if len(evaluation.losses) == len(order):
         reordered.losses = [evaluation.losses[number] for number in order]
@@ -437,15 +519,14 @@ def _harm(study: _Study, running: Evaluation, exact: Evaluation) -> _Harm | None
     known = now is not None and best is not None
     if best is not None and not math.isfinite(best):
         raise NotApplicable(f"the loss is {best} with exact statistics, too")
-    evidence: dict[str, Any] = {}
-    if known:
-        evidence |= {"loss with running statistics": now, "loss with exact statistics": best}
+    if not known and all(answers is None for answers in running.answers):
+        raise NotApplicable("the model's output holds no loss, and no tensor with answers")
+    evidence = _measured_of(running, exact)
     drop = 0.0
     if running.accuracy is not None and exact.accuracy is not None:
         drop = exact.accuracy - running.accuracy
-        evidence["accuracy with running statistics"] = running.accuracy
-        evidence["accuracy with exact statistics"] = exact.accuracy
-    if now is not None and best is not None:
+        drop = 0.0 if _by_chance(exact.hit, running.hit) else drop
+    if now is not None and best is not None and not _by_chance(running.lost, exact.lost):
         gap = now - best
         if not gap <= GAP_SHARE * abs(best) + GAP_LEAST:  # so that NaN is one
             severe = not gap <= GAP_SEVERE or drop > ACCURACY_SEVERE
@@ -466,6 +547,33 @@ def _harm(study: _Study, running: Evaluation, exact: Evaluation) -> _Harm | None
     if drop > ACCURACY_SEVERE:
         return _Harm(False, "error", evidence)
     return _Harm(False, "note" if known else "warning", evidence)
+
+
+def _measured_of(running: Evaluation, exact: Evaluation) -> dict[str, Any]:
+    """Loss and accuracy with either statistics, where they are known."""
+    values = {"loss": (running.loss, exact.loss), "accuracy": (running.accuracy, exact.accuracy)}
+    return {
+        f"{name} with {which} statistics": value
+        for name, pair in values.items()
+        if None not in pair
+        for which, value in zip(("running", "exact"), pair, strict=True)
+    }
+
+
+def _by_chance(more: Sequence[Tensor | None], less: Sequence[Tensor | None]) -> bool:
+    """Whether ``more`` is above ``less`` by no more than the choice of the examples may bring.
+
+    A paired test of Student's over the examples; False where they are not known one by one.
+    """
+    pairs = [(a, b) for a, b in zip(more, less, strict=True) if a is not None and b is not None]
+    if not pairs or len(pairs) < len(more):
+        return False
+    apart = torch.cat([a - b for a, b in pairs])
+    if len(apart) < 2 or not bool(torch.isfinite(apart).all()):
+        return False
+    error = float(apart.std()) / math.sqrt(len(apart))
+    times = float(apart.mean()) / error if error else math.copysign(math.inf, float(apart.mean()))
+    return float(stats.t.sf(times, len(apart) - 1)) > CHANCE
 
 
 def _distance(answers: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> float | None:

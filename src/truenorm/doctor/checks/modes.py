@@ -11,9 +11,9 @@ from torch import nn
 from truenorm.doctor.check import Check, Found, NotApplicable, Severity, batch_norms, tracking
 from truenorm.doctor.checks.batches import calls_differ
 from truenorm.doctor.checks.records import comparable, pooled_moments
-from truenorm.doctor.facts import Facts
+from truenorm.doctor.checks.remedies import Remedy, converting
+from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import RENEWED, Book, Layer, Strays
-from truenorm.layers.conversion import convert
 
 
 def wrong_mode(facts: Facts) -> Iterator[Found]:
@@ -77,20 +77,19 @@ def half_frozen(facts: Facts) -> Iterator[Found]:
         own = list(norm.module.parameters(recurse=False))
         if not own or norm.learns or norm.fixed:
             continue
-        module = norm.module
-
-        def mend(module: nn.Module = module) -> None:
-            convert(module, to="frozen")
-
         if norm.module.training:
             cause = "weight and bias are frozen, running statistics are buffers and still move"
             severity: Severity = "error" if others else "warning"
             if _follows(facts.model, norm.name):
                 cause, severity = "the target of a network that learns moves statistics", "note"
-            yield Found(norm.name, severity, cause, {"training": True}, mend)
+            yield Found(norm.name, severity, cause, {"training": True}, *_freezing(norm))
         elif trains and others:
             cause = "it is frozen by eval(), which the next train() undoes"
-            yield Found(norm.name, "note", cause, {"training": False}, mend)
+            yield Found(norm.name, "note", cause, {"training": False}, *_freezing(norm))
+
+
+def _freezing(norm: NormFacts) -> Remedy:
+    return converting(norm.module, "frozen", "Call its eval() after each train() of the model.")
 
 
 def moved_while_frozen(book: Book, facts: Facts) -> Iterator[Found]:

@@ -22,9 +22,10 @@ from truenorm.doctor.check import (
     tracking,
 )
 from truenorm.doctor.checks.modes import shapes
+from truenorm.doctor.checks.remedies import Remedy, converting, unfreezing
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
-from truenorm.layers.conversion import convert
+from truenorm.layers.foreign import epsilon
 
 
 def never_updated(facts: Facts) -> Iterator[Found]:
@@ -49,8 +50,10 @@ def never_updated(facts: Facts) -> Iterator[Found]:
                 cause = "neither its statistics nor its weight and bias have been trained"
             elif batches > 0:
                 cause = "batches were counted, but a momentum of 0 never moved them"
-            yield Found(norm.name, severity, cause, evidence)
-        elif norm.module.momentum == 0 and not norm.fixed:
+            # It is the data that such a layer lacks, and a frozen one takes none.
+            advice = None if untrained or not called else unfreezing(facts, norm)
+            yield Found(norm.name, severity, cause, evidence, advice=advice)
+        elif norm.momentum == 0 and not norm.fixed:
             cause = "momentum is 0: a batch never moves them"
             yield Found(norm.name, "warning", cause, evidence | {"momentum": 0.0})
 
@@ -73,15 +76,17 @@ def not_finite(facts: Facts) -> Iterator[Found]:
         tensors |= {name: tensor for name, tensor in named if tensor is not None}
         bad = {name: int((~torch.isfinite(t.detach())).sum()) for name, t in tensors.items()}
         bad = {name: number for name, number in bad.items() if number}
+        evidence: dict[str, Any]
         negative = norm.tracked is not None and bool((norm.tracked[1] < 0).any())
         if bad:
             cause = "one batch that was not finite never leaves an average"
-            yield Found(
-                norm.name, "error", cause, {f"not finite in {k}": v for k, v in bad.items()}
-            )
+            evidence = {f"not finite in {k}": v for k, v in bad.items()}
+            yield Found(norm.name, "error", cause, evidence, advice=unfreezing(facts, norm))
         elif negative:
             least = float(norm.tracked[1].min())  # type: ignore[index]
-            yield Found(norm.name, "error", "a variance is negative", {"least running_var": least})
+            evidence = {"least running_var": least}
+            advice = unfreezing(facts, norm)
+            yield Found(norm.name, "error", "a variance is negative", evidence, advice=advice)
 
 
 def ceased_to_be_finite(book: Book, facts: Facts) -> Iterator[Found]:
@@ -119,21 +124,19 @@ def window(facts: Facts) -> Iterator[Found]:
     """A momentum that does not fit the number of steps, or is of the opposite convention."""
     for norm in tracking(facts):
         _, var, batches = norm.tracked  # type: ignore[misc]
-        momentum = norm.module.momentum
-        if norm.fixed or not isinstance(momentum, (int, float)):
+        momentum = norm.momentum
+        if norm.fixed or momentum is None:
             continue
         if OTHER_CONVENTION < momentum <= 1:
             cause = "this momentum weighs the new batch; in Keras and Flax it weighs the average"
-            module = norm.module
-
-            def mend(module: nn.Module = module) -> None:
-                convert(module, to="keras")
-
             evidence = {"momentum": momentum, "window in batches": 1 / momentum}
             # In inference it plays no part: what the statistics are worth, TN103 measures.
             moves = norm.module.training or facts.optimizer is not None
             severity: Severity = "warning" if moves else "note"
-            yield Found(norm.name, severity, cause, evidence, mend if momentum < 1 else None)
+            remedy = Remedy(None)
+            if momentum < 1:
+                remedy = converting(norm.module, "keras", "Set its attribute momentum.")
+            yield Found(norm.name, severity, cause, evidence, *remedy)
         elif batches > 0 and momentum > 0:
             share = (1 - momentum) ** batches
             # A variance below the share that an initial 1 would have was never an initial 1.
@@ -146,7 +149,8 @@ def window(facts: Facts) -> Iterator[Found]:
                 cause = "too few batches for this momentum: the initial values still weigh most"
                 possible = float(var.min()) >= 0.99 * share
                 severity = "warning" if share > UNMOVED_SHARE and possible else "note"
-                yield Found(norm.name, severity, cause, evidence)
+                advice = unfreezing(facts, norm)
+                yield Found(norm.name, severity, cause, evidence, advice=advice)
 
 
 TN104 = Check(
@@ -162,21 +166,16 @@ def half_precision(facts: Facts) -> Iterator[Found]:
     """Running statistics kept in half precision."""
     for norm in tracking(facts):
         mean, _, _ = norm.tracked  # type: ignore[misc]
-        if mean.dtype.itemsize >= 4:
+        if mean.dtype.itemsize >= 4 or norm.foreign:
             continue
-        momentum = norm.module.momentum or 0.0
+        momentum = norm.momentum or 0.0
         trains = facts.optimizer is not None or facts.trains
-        module = norm.module
-
-        def mend(module: nn.Module = module) -> None:
-            convert(module, to="truenorm")
-
         yield Found(
             norm.name,
             "warning" if trains and facts.moves(norm) else "note",
             f"{mean.dtype} holds {_digits(mean.dtype)} digits: smaller updates are rounded away",
             {"dtype": str(mean.dtype), "momentum": momentum},
-            mend,
+            *converting(norm.module, "truenorm", "Keep the layer in float32."),
         )
 
 
@@ -198,7 +197,8 @@ def _digits(dtype: torch.dtype) -> str:
 COLLAPSED_VAR = 0.01
 COLLAPSED_GAMMA = 1e-4  # of the largest |gamma|
 COLLAPSED_SHARE = 0.1
-TINY_GAMMA = 1e-6  # a layer whose largest |gamma| is below it gives its bias alone
+TINY_GAMMA = 1e-4  # a layer whose largest |gamma| is below it gives its bias alone
+STARTING_BETA = 1e-3  # a branch that starts at 0 moves gamma and beta alike
 EXPLODED_VAR = 1e7
 
 
@@ -242,14 +242,17 @@ TN106 = Check(
 
 def _gammas_gone(facts: Facts, norm: NormFacts) -> int:
     """How many gammas are nothing beside the largest, or by themselves."""
-    weight = norm.learned[0]
+    weight, bias = norm.learned
     if weight is None:
         return 0
     size = weight.detach().abs()
     largest = float(size.max())
-    if largest == 0:  # a residual branch starts so
-        return 0 if facts.flow is None or _joins(facts.flow, norm) else len(size)
-    return len(size) if largest < TINY_GAMMA else int((size < COLLAPSED_GAMMA * largest).sum())
+    if largest < TINY_GAMMA:
+        # A residual branch may start so, with a beta of 0; one that has been trained has another.
+        starts = bias is None or float(bias.detach().abs().max()) < STARTING_BETA
+        joins = facts.flow is None or _joins(facts.flow, norm)
+        return 0 if starts and joins else len(size)
+    return int((size < COLLAPSED_GAMMA * largest).sum())
 
 
 def _joins(flow: Flow, norm: NormFacts) -> bool:
@@ -331,8 +334,13 @@ def _tied(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _parameter_distance(a: nn.Module, b: nn.Module) -> float:
+    """By their names: what one of the two holds twice, the other may hold apart."""
     distance = scale = 0.0
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+    others = dict(b.named_parameters(remove_duplicate=False))
+    for name, p in a.named_parameters(remove_duplicate=False):
+        q = others.get(name)
+        if q is None:
+            return math.inf  # a buffer there
         if p.ndim > 1:
             distance += float((p - q).detach().double().square().sum())
             scale += float(p.detach().double().square().sum())
@@ -341,13 +349,15 @@ def _parameter_distance(a: nn.Module, b: nn.Module) -> float:
 
 def _statistics_distance(a: nn.Module, b: nn.Module) -> tuple[float, str]:
     worst, layer = 0.0, ""
-    for (name, m), (_, n) in zip(a.named_modules(), b.named_modules(), strict=True):
+    others = dict(b.named_modules(remove_duplicate=False))
+    for name, m in a.named_modules(remove_duplicate=False):
+        n = others.get(name)
         if isinstance(m, _BatchNorm) and isinstance(n, _BatchNorm) and m.running_mean is not None:
             assert m.running_var is not None
             assert n.running_mean is not None
             assert n.running_var is not None
-            std = (m.running_var.double().clamp(min=0) + m.eps).sqrt()
-            other = (n.running_var.double().clamp(min=0) + n.eps).sqrt()
+            std = (m.running_var.double().clamp(min=0) + epsilon(m)).sqrt()
+            other = (n.running_var.double().clamp(min=0) + epsilon(n)).sqrt()
             gap = ((m.running_mean - n.running_mean).abs() / std).max()
             ratio = (std / other).log().abs().max()
             here = float(torch.maximum(gap, ratio))

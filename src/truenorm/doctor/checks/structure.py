@@ -14,6 +14,7 @@ from truenorm.calling.borrowing import to_eval
 from truenorm.calling.flow import SHAPING, Flow, Node
 from truenorm.calling.nested import tensors_in
 from truenorm.doctor.check import (
+    NORMALIZING,
     WEIGHTED,
     Check,
     Found,
@@ -21,14 +22,14 @@ from truenorm.doctor.check import (
     Severity,
     batch_norms,
     calls_of,
+    dropouts_before,
     flow_of,
+    rate_of,
 )
 from truenorm.doctor.checks.batches import pooled_values
 from truenorm.doctor.facts import Facts, NormFacts
 from truenorm.layers.functional import moments, wide
 from truenorm.layers.norms import RMSNorm
-
-_NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "sync_batch_norm"}
 
 
 def dead_bias(facts: Facts) -> Iterator[Found]:
@@ -102,15 +103,9 @@ def dropout_before(facts: Facts) -> Iterator[Found]:
     """Dropout upstream: the variance in training is another than in evaluation."""
     flow, modules = flow_of(facts), dict(facts.model.named_modules())
     upstream: dict[NormFacts, list[Node]] = {}
-
-    def through(node: Node) -> bool:
-        return node.op not in _NORMS and "dropout" not in node.op
-
     for norm, call in calls_of(facts, batch_norms(facts)):
         assert call.input is not None
-        start = [flow.nodes[call.input]]
-        nodes = start + (list(flow.upstream(call.input, through)) if through(start[0]) else [])
-        drops = [n for n in nodes if "dropout" in n.op and _rate(n, modules) > 0]
+        drops = dropouts_before(flow, call.input, modules)
         if drops and facts.moves(norm):
             upstream[norm] = drops
     if not upstream:
@@ -120,7 +115,7 @@ def dropout_before(facts: Facts) -> Iterator[Found]:
         node = upstream[norm][0]
         cause = "dropout scales the variance up in training, and not in evaluation"
         evidence = {
-            "p": _rate(node, modules),
+            "p": rate_of(node, modules),
             "dropout": node.module,
             "variance in training over variance in evaluation": ratio,
         }
@@ -136,11 +131,6 @@ TN403 = Check(
     looks_at="data",
     advice="Move the dropout behind the last batch norm.",
 )
-
-
-def _rate(node: Node, modules: dict[str, nn.Module]) -> float:
-    p = getattr(modules.get(node.module), "p", node.keywords.get("p", 0.5))
-    return p if isinstance(p, float) else 0.5
 
 
 def _variances(
@@ -281,7 +271,7 @@ def misplaced(facts: Facts) -> Iterator[Found]:
         while node.op in keeping and len(node.inputs) == 1:
             alone &= len(node.outputs) == 1
             node = flow.nodes[node.inputs[0]]
-        if node.op in _NORMS and node.module != norm.name:
+        if node.op in NORMALIZING and node.module != norm.name:
             # What was normalized goes elsewhere, too, as into a residual sum.
             severe = norm.is_batch and alone and len(node.outputs) == 1
             cause = f"its input was normalized by {node.module} already"
