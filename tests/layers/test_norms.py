@@ -229,6 +229,70 @@ def test_masks_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (tn.GroupNorm(2, 4), (2, 6, 5)),
+        (tn.GroupNorm(2, 4, affine=False), (2, 6, 5)),
+        (tn.GroupNorm(2, 4, affine=False), (2, 2, 5)),
+        (tn.InstanceNorm1d(4), (2, 6, 5)),
+        (tn.InstanceNorm1d(4, affine=True), (2, 6, 5)),
+        (tn.LayerNorm(4, elementwise_affine=False), (2, 3, 5)),
+        (tn.LayerNorm((3, 4), elementwise_affine=False), (2, 4, 3)),
+        (tn.LayerNorm((3, 4), elementwise_affine=False), (4,)),
+        (tn.LayerNorm(4), (2, 3, 5)),
+    ],
+    ids=str,
+)
+def test_masked_input_of_another_size_is_refused_with_and_without_weights(layer, shape):
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(tn.InputError, match=r"expected .*, got input of shape"):
+        layer(torch.zeros(shape), mask)
+
+
+def test_an_rms_norm_is_made_where_and_as_it_is_told():
+    layer = tn.RMSNorm(4, device="meta", dtype=torch.float64)
+    assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.float64)
+
+
+LAZY = [
+    (tn.LazyInstanceNorm1d, nn.LazyInstanceNorm1d, tn.InstanceNorm1d, (5,)),
+    (tn.LazyInstanceNorm2d, nn.LazyInstanceNorm2d, tn.InstanceNorm2d, (5, 3)),
+    (tn.LazyInstanceNorm3d, nn.LazyInstanceNorm3d, tn.InstanceNorm3d, (5, 3, 2)),
+]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"affine": False, "track_running_stats": False}])
+@pytest.mark.parametrize(("lazy", "torchs", "plain", "positions"), LAZY)
+def test_lazy_instance_norms_become_plain_ones(lazy, torchs, plain, positions, arguments):
+    x = normal(2, 4, *positions, dtype=torch.float32)
+    ours, theirs = lazy(**arguments), torchs(**arguments)
+    assert_close(ours(x), theirs(x) if not arguments else nn.functional.instance_norm(x))
+    assert type(ours) is plain
+    assert ours.num_features == 4
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in ours.state_dict().items():
+        assert_close(value, theirs.state_dict()[key])
+    single = lazy(**arguments)
+    assert single(x[0]).shape == x[0].shape
+    assert single.num_features == 4
+    masked = lazy(track_running_stats=False)
+    mask = normal(2, *positions, seed=1) > -0.5
+    assert_close(masked(x, mask=mask), plain(4)(x, mask))
+
+
+@pytest.mark.parametrize(("lazy", "torchs", "plain", "positions"), LAZY)
+def test_torchs_lazy_instance_norms_are_converted_there_and_back(lazy, torchs, plain, positions):
+    net = nn.Sequential(torchs())
+    tn.convert(net, to="truenorm")
+    assert type(net[0]) is lazy
+    tn.convert(net, to="torch")
+    assert type(net[0]) is torchs
+    tn.convert(net, to="truenorm")
+    net(normal(2, 4, *positions, dtype=torch.float32))
+    assert type(net[0]) is plain
+
+
+@pytest.mark.parametrize(
     "module",
     [
         nn.Conv2d(3, 8, 3),

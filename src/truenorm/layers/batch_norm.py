@@ -10,20 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
-from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
-from truenorm.layers.capture import NO_GRAPH_TASK, captured, graph_task, readable, wrapped
+from truenorm.layers.capture import (
+    NO_GRAPH_TASK,
+    captured,
+    graph_task,
+    held,
+    readable,
+    wrapped,
+)
 from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
-from truenorm.layers.running import RunningStatistics
+from truenorm.layers.running import STATISTICS, RunningStatistics
 
 # Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.native_batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
+
+OWN = (
+    "_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow", "_usual", "_reset",
+    "_warned",
+)  # fmt: skip
+"""The attributes of a layer that torch's has not; a pickle of the layer holds them."""
 
 
 class _Option:
@@ -37,6 +49,27 @@ class _Option:
 
     def __set__(self, layer: BatchNorm, value: Any) -> None:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
+
+
+class _CommitOption(_Option):
+    """The option ``commit``, which a call writes what is pending by."""
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        return self if layer is None else _Commit(layer)
+
+
+class _Commit(str):
+    """The value of a layer's option ``commit``; called, it is :meth:`RunningStatistics.commit`."""
+
+    _layer: RunningStatistics
+
+    def __new__(cls, layer: BatchNorm) -> _Commit:
+        value = super().__new__(cls, layer.options.commit)
+        value._layer = layer
+        return value
+
+    def __call__(self) -> None:
+        RunningStatistics.commit(self._layer)
 
 
 class BatchNorm(RunningStatistics):
@@ -74,8 +107,9 @@ class BatchNorm(RunningStatistics):
         min_count: with fewer values per channel, normalize by the running statistics, and move
             them in proportion to the values seen, instead of raising an error.
         commit: when running statistics are written. "forward": at once. "step": pooled over all
-            forwards since the last commit and written by :meth:`commit`, which
-            ``truenorm.attach(optimizer, model)`` calls after each step of the optimizer.
+            forwards since the last commit and written when ``layer.commit()`` is called, as
+            ``truenorm.attach(optimizer, model)`` does after each step of the optimizer. Setting
+            it, like setting ``frozen``, drops what is pending.
 
     Raises:
         InputError: an option outside its range, or one that needs statistics it does not have.
@@ -124,18 +158,26 @@ class BatchNorm(RunningStatistics):
 
         Frozen turns weight and bias into buffers: no optimizer, ``requires_grad_``, weight decay
         or DDP reaches them, and their names in the state dict stay. Thawed they are new
-        parameters, which an optimizer must be given.
+        parameters, which an optimizer must be given. What is pending for a commit is dropped if
+        ``commit`` changes or the statistics are frozen.
 
         Raises:
             InputError: an option that this layer cannot have; it is then as it was.
         """
         _refuse(self, options)
-        if "_skipped" not in self._buffers:
+        if "_skipped" not in vars(self):
             self._begin()
         self._widen_statistics(self._buffers)
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
+            for name in (
+                *STATISTICS,
+                "num_batches_tracked",
+            ):  # behind them, as in every state dict of torch's
+                self._buffers[name] = self._buffers.pop(name)
+        if options.frozen or options.commit != self._options.commit:
+            self._pending.clear()
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
@@ -149,6 +191,7 @@ class BatchNorm(RunningStatistics):
     frozen = _Option()
     act = _Option()
     min_count = _Option()
+    commit = _CommitOption()  # the method's name, and still callable
 
     @property
     def options(self) -> Options:
@@ -196,7 +239,7 @@ class BatchNorm(RunningStatistics):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and own["training"] and mask is residual is None and not captured():
+        if own["_direct"] and self.training and mask is residual is None and not captured():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
             mean = buffers["running_mean"]
             if (
@@ -209,7 +252,9 @@ class BatchNorm(RunningStatistics):
                 and (size <= functional.ROWS * features or not in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
-                and len(parameters) == 2  # else one is parametrized
+                and "weight" in parameters  # else it is parametrized, pruned, or the like
+                and "bias" in parameters
+                and buffers["num_batches_tracked"] is not None
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
@@ -220,9 +265,10 @@ class BatchNorm(RunningStatistics):
                 if momentum is None:
                     momentum = 1 / int(batches)
                 weight, bias = parameters["weight"], parameters["bias"]
-                eps = own["eps"]
-                out, center, inverse = _kernel(input, weight, bias, mean, var, True, momentum, eps)
-                near = kernel.surely_near(center, size // features, eps)
+                out, center, inverse = _kernel(
+                    input, weight, bias, mean, var, True, momentum, own["eps"]
+                )
+                near = kernel.surely_near(center * inverse, size // features)
                 if near or not kernel.doubtful(input, center, inverse**-2):
                     if not _isfinite(var.dot(var).item()):
                         self._undo_if_poisoned(before)
@@ -239,7 +285,7 @@ class BatchNorm(RunningStatistics):
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
-            out = _plus(out, residual)
+            out = _plus(out, residual, mask)
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
@@ -291,7 +337,7 @@ class BatchNorm(RunningStatistics):
             out, mean, var = kernel.batch_norm(part, affine, self.eps, again=again)
             batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
-                running_mean, running_var, batches = self._statistics()
+                running_mean, running_var, batches = map(held, self._statistics())
                 r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
                 correction = r[0].to(dtype), d[0].to(dtype)
                 out = functional.renormalize(out, correction, self._affine_in(dtype))
@@ -300,6 +346,8 @@ class BatchNorm(RunningStatistics):
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
             self._observe(functional.joined(parts), out)
+        elif self._pending:
+            self._recognize(functional.joined(parts))
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -318,7 +366,7 @@ class BatchNorm(RunningStatistics):
         var = torch.where(batch.count > 0, batch.var, 1)
         correction = None
         if self.training and self.running_mean is not None:
-            running_mean, running_var, batches = self._statistics()
+            running_mean, running_var, batches = map(held, self._statistics())
             running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
                 correction = self._options.renorm.correction(batch, running, self.eps, batches)
@@ -337,6 +385,8 @@ class BatchNorm(RunningStatistics):
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
+        elif self._pending:
+            self._recognize(batch)
         return out
 
     # -- statistics --------------------------------------------------------------------------
@@ -380,6 +430,12 @@ class _Lazy(_LazyNormBase, BatchNorm):
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
 
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._axes:
             wanted = " or ".join(f"{n}D" for n in self._axes)
@@ -418,17 +474,23 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
         raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
     was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
-    if options.frozen != was and parametrize.is_parametrized(layer):
+    held = layer._buffers if was else layer._parameters
+    computed = [n for n in ("weight", "bias") if n not in held and n not in layer._parameters]
+    if options.frozen != was and computed:
         raise InputError(
-            "frozen cannot be changed while weight or bias are parametrized; remove the "
-            "parametrizations first."
+            f"frozen cannot be changed while {' and '.join(computed)} is computed from other "
+            "tensors, by parametrizations, pruning or a norm of the weight; remove these first."
         )
 
 
 def _refuse_without_statistics(options: Options) -> None:
     for name in ("renorm", "min_count", "frozen"):
         if getattr(options, name):
-            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
+            raise InputError(
+                f"{name} needs running statistics, got {getattr(options, name)!r} without; leave "
+                "track_running_stats=True, and keep the layer from "
+                "torch.func.replace_all_batch_norm_modules_, which takes them away."
+            )
 
 
 def _move_affine(layer: BatchNorm, name: str, *, frozen: bool) -> None:
@@ -447,8 +509,12 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     """The group of each example, and their number, over the joined batch of all ranks."""
     if options.ghost is None:
         return None, 1
-    counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
-    sizes = options.ghost_sizes(sum(counts), x.shape[2:].numel())
+    mine = (x.shape[0], x.shape[2:].numel())
+    table = [mine] if ranks is None else ranks.table(mine, x.device)
+    counts = [examples for examples, _ in table]
+    # All ranks must find the same groups: the last example has the positions of its own rank.
+    last = next((positions for examples, positions in reversed(table) if examples), 0)
+    sizes = options.ghost_sizes(sum(counts), last)
     if sizes is None:
         return None, 1
     first = 0 if ranks is None else sum(counts[: ranks.rank])
@@ -456,13 +522,16 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     return ids.clamp(max=len(sizes) - 1), len(sizes)  # a last one alone joins those before
 
 
-def _plus(out: Tensor, residual: Tensor) -> Tensor:
-    """``out`` + ``residual``, with the dtype of ``out``."""
+def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
+    """``out`` + ``residual`` where that is valid, with the dtype of ``out``."""
     if residual.shape != out.shape:
         raise InputError(
             f"residual must have the input's shape {tuple(out.shape)}, got "
             f"{tuple(residual.shape)}; expand() one that should be repeated."
         )
+    if mask is not None:
+        # What a NaN sends back through an activation is NaN, wherever it stood.
+        residual = torch.where(mask, residual, 0)
     return (out + residual).to(out.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
@@ -14,6 +15,7 @@ from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
 from truenorm.layers.batch_norm import BATCH_NORMS
 from truenorm.layers.capture import readable
+from truenorm.layers.scripting import Unscriptable
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -24,7 +26,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.view(along_channels)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Unscriptable, nn.GroupNorm):
     """torch.nn.GroupNorm of (N, C, *S), with a mask (Wu and He 2018).
 
     Each example's channels are normalized in groups, over the positions that are valid.
@@ -35,6 +37,7 @@ class GroupNorm(nn.GroupNorm):
         affine = (self.weight, self.bias)
         if mask is None:
             return _by_groups(input, self.num_groups, affine, self.eps)
+        _check_channels(self, input, self.num_channels)
         return _masked_groups(input, mask, self.num_groups, affine, self.eps)
 
 
@@ -77,6 +80,15 @@ def _looked_at_groups(
     return F.group_norm(centred, groups, *affine, eps).to(x.dtype)
 
 
+def _check_channels(layer: nn.Module, input: Tensor, channels: int) -> None:
+    """Raise InputError unless ``input`` is (N, channels, *S); weights, if any, would not fit."""
+    if input.ndim < 2 or input.shape[1] != channels:
+        raise InputError(
+            f"{type(layer).__name__} expected {channels} channels in axis 1, got input of shape "
+            f"{tuple(input.shape)}."
+        )
+
+
 def _masked_groups(
     input: Tensor,
     mask: Tensor,
@@ -85,8 +97,6 @@ def _masked_groups(
     eps: float,
 ) -> Tensor:
     mask = functional.valid(mask, input)
-    if input.shape[1] % groups:
-        raise InputError(f"expected channels divisible by {groups}, got {tuple(input.shape)}.")
     x = functional.wide(torch.where(mask, input, 0))
     shape = (x.shape[0], groups, -1, *x.shape[2:])
     grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
@@ -94,7 +104,7 @@ def _masked_groups(
     return torch.where(mask, _affine(normed.flatten(1, 2), *affine).to(input.dtype), 0)
 
 
-class _MaskedInstanceNorm(_InstanceNorm):
+class _MaskedInstanceNorm(Unscriptable, _InstanceNorm):
     """Instance norm with a mask."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -106,6 +116,7 @@ class _MaskedInstanceNorm(_InstanceNorm):
                     "a mask needs input with a batch axis and track_running_stats=False, got "
                     f"input of shape {tuple(input.shape)} and {self.track_running_stats}."
                 )
+            _check_channels(self, input, self.num_features)
             affine = (self.weight, self.bias)
             return _masked_groups(input, mask, input.shape[1], affine, self.eps)
         # In float32 group norm, a group for each channel, is faster and keeps the layout.
@@ -127,7 +138,37 @@ class InstanceNorm3d(_MaskedInstanceNorm, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with a mask."""
 
 
-class LayerNorm(nn.LayerNorm):
+class _Lazy(_LazyNormBase, _MaskedInstanceNorm):
+    """Finds the number of channels at the first forward, and then becomes its plain class."""
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if input.ndim == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
+            input = input.unsqueeze(0)
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
+
+class LazyInstanceNorm1d(_Lazy, InstanceNorm1d):
+    """:class:`InstanceNorm1d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm1d
+
+
+class LazyInstanceNorm2d(_Lazy, InstanceNorm2d):
+    """:class:`InstanceNorm2d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm2d
+
+
+class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
+    """:class:`InstanceNorm3d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = InstanceNorm3d
+
+
+class LayerNorm(Unscriptable, nn.LayerNorm):
     """torch.nn.LayerNorm with a mask."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,6 +182,11 @@ class LayerNorm(nn.LayerNorm):
         if mask is None:
             return self._unmasked(input)
         axes = tuple(range(input.ndim - len(self.normalized_shape), input.ndim))
+        if tuple(input.shape[axes[0] :]) != tuple(self.normalized_shape) or axes[0] < 0:
+            raise InputError(
+                f"LayerNorm expected trailing axes {tuple(self.normalized_shape)}, got input of "
+                f"shape {tuple(input.shape)}."
+            )
         if mask.ndim == axes[0]:
             mask = mask.view(*mask.shape, *(1,) * len(axes))
         if mask.dtype != torch.bool or mask.ndim != input.ndim:
@@ -167,18 +213,31 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(functional.wide(input) - mean, *settings).to(input.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Unscriptable, nn.Module):
     """Root-mean-square normalization of (N, C, *S), an example at a time.
 
     y = x / sqrt(mean(x^2 over C and S) + eps) * weight, with one weight per channel
     (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). ``torch.nn.RMSNorm``
     normalizes trailing axes only and would need one weight per position of an image.
+
+    Args:
+        num_channels: C.
+        eps: added to the mean of the squares.
+        device: of the weight.
+        dtype: of the weight.
     """
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_channels, self.eps = num_channels, eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
