@@ -249,6 +249,16 @@ def test_masked_input_of_another_size_is_refused_with_and_without_weights(layer,
         layer(torch.zeros(shape), mask)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 5), (2, 5, 4), (4,)])
+@pytest.mark.parametrize("channels", [4, 1])
+def test_an_rms_norm_takes_no_other_number_of_channels(shape, channels):
+    """Nor one channel for many, which would broadcast."""
+    if (2, channels, 5) == shape:
+        shape = (2, 3, 5)
+    with pytest.raises(tn.InputError, match=f"RMSNorm expected {channels} channels in axis 1"):
+        tn.RMSNorm(channels)(torch.ones(shape))
+
+
 def test_an_rms_norm_is_made_where_and_as_it_is_told():
     layer = tn.RMSNorm(4, device="meta", dtype=torch.float64)
     assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.float64)

@@ -197,11 +197,22 @@ def test_weights_that_are_computed_cannot_be_frozen():
     assert not list(layer.parameters())
 
 
-def test_a_layer_whose_mode_was_deleted_raises_as_torchs_does():
+@pytest.mark.parametrize("name", ["training", "weight", "running_mean"])
+def test_a_layer_that_lacks_a_part_raises_as_torchs_does(name):
     for layer in (nn.BatchNorm1d(3), tn.BatchNorm1d(3)):
-        del layer.training
-        with pytest.raises(AttributeError, match="'training'"):
+        delattr(layer, name)
+        with pytest.raises(AttributeError, match=f"'{name}'"):
             layer(torch.zeros(4, 3))
+
+
+def test_a_layer_without_the_buffer_of_the_number_evaluates_as_torchs():
+    x = normal(4, 3, dtype=torch.float32)
+    ours, theirs = tn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3).eval()
+    for layer in (ours, theirs):
+        del layer.num_batches_tracked
+    assert_close(ours(x), theirs(x))
+    ours.train()(x)
+    assert_close(ours.running_mean, x.mean(0) * 0.1)
 
 
 @pytest.mark.parametrize("bias", [True, False])

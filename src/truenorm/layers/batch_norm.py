@@ -25,7 +25,7 @@ from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
-from truenorm.layers.running import STATISTICS, RunningStatistics
+from truenorm.layers.running import RunningStatistics
 
 # Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.native_batch_norm, torch.cat, math.isfinite
@@ -52,7 +52,7 @@ class _Option:
 
 
 class _CommitOption(_Option):
-    """The option ``commit``, which a call writes what is pending by."""
+    """The option ``commit``; called, what is read of it writes what is pending."""
 
     def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
         return self if layer is None else _Commit(layer)
@@ -171,10 +171,8 @@ class BatchNorm(RunningStatistics):
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
-            for name in (
-                *STATISTICS,
-                "num_batches_tracked",
-            ):  # behind them, as in every state dict of torch's
+            others = [name for name in self._buffers if name not in ("weight", "bias")]
+            for name in others:  # statistics stand behind them in torch's state dicts
                 self._buffers[name] = self._buffers.pop(name)
         if options.frozen or options.commit != self._options.commit:
             self._pending.clear()
@@ -241,7 +239,7 @@ class BatchNorm(RunningStatistics):
         own = self.__dict__  # past nn.Module's and the class's attributes
         if own["_direct"] and self.training and mask is residual is None and not captured():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
-            mean = buffers["running_mean"]
+            mean = buffers.get("running_mean")
             if (
                 type(input) is Tensor
                 and mean is not None
@@ -254,11 +252,11 @@ class BatchNorm(RunningStatistics):
                 and own["track_running_stats"]
                 and "weight" in parameters  # else it is parametrized, pruned, or the like
                 and "bias" in parameters
-                and buffers["num_batches_tracked"] is not None
+                and (var := buffers.get("running_var")) is not None
+                and (batches := buffers.get("num_batches_tracked")) is not None
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
-                var, batches = buffers["running_var"], buffers["num_batches_tracked"]
                 before = _cat((mean, var))
                 batches.add_(_ONE)
                 momentum = own["momentum"]

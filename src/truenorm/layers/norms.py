@@ -241,6 +241,7 @@ class RMSNorm(Unscriptable, nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
+        _check_channels(self, x, self.num_channels)
         axes = tuple(range(1, x.ndim))
         values, count = functional.wide(x), None
         if mask is not None:

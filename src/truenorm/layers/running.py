@@ -132,7 +132,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         ``functional_call``, is broadcast by DistributedDataParallel, and stays on the meta device
         where a state dict that lacks it is assigned.
         """
-        mean = self._buffers["running_mean"]
+        mean = self._buffers.get("running_mean")
         if mean is not None and mean.device.type != "meta":
             self._skipped = self._skipped.to(mean.device)
 
@@ -156,7 +156,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
         """Take the statistics from ``before`` where they are narrower than float32 now."""
         for name in STATISTICS:
-            now, was = self._buffers[name], before[name]
+            now, was = self._buffers.get(name), before.get(name)
             if now is None or was is None or now.dtype.itemsize >= 4:
                 continue
             self._narrow = now.dtype
@@ -201,13 +201,13 @@ class RunningStatistics(Unscriptable, _BatchNorm):
     def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """Running mean and variance and the number of batches, past nn.Module's slow attributes.
 
-        Where the layer keeps no number (it may be set to None, as with torch's) it is 0, and lost.
+        Where the layer keeps no number (it may be set to None, or deleted) it is 0, and lost.
 
         Raises:
             InputError: no number is kept, and training depends on it.
         """
         own = self._buffers
-        mean, var, batches = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        mean, var, batches = map(own.get, ("running_mean", "running_var", "num_batches_tracked"))
         if mean is None or var is None:
             raise AssertionError("asked for statistics that are not tracked")
         if batches is None:
