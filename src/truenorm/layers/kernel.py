@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from truenorm.layers.capture import captured, readable, wrapped
 from truenorm.layers.functional import (
@@ -54,7 +55,9 @@ def batch_norm(
         return by(x, affine, eps)
     if not single:
         return _by_kernel(x, affine, eps)
-    by = _in_parts if in_rows(x) and x.numel() > ROWS * x.shape[1] else _by_kernel
+    by = _by_kernel
+    if in_rows(x) and x.numel() > ROWS * x.shape[1]:
+        by = _in_parts if forward_ad._current_level < 0 else _by_operations
     values, shift = x, x.new_zeros((), dtype=statistics_dtype(x))
     for left in reversed(range(_TRIES)):
         if not again:
