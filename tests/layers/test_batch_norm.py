@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import pickle
 import warnings
 
@@ -174,58 +173,26 @@ def test_gradients_of_first_and_second_order_are_exact(options, masked):
     assert gradgradcheck(f, arguments)
 
 
-def test_a_mean_of_1e4_costs_no_precision():
-    """Standard deviation 0.1: the variance must be within 1 % of the float64 reference."""
-    cases = [(64, 32, 28, 28), (400, 4, 28, 28), (200_000, 3), (50, 3, 30), (6, 4, 5, 40, 40)]
-    for shape, threads in itertools.product(cases, (1, 2)):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            x = normal(*shape, dtype=torch.float32) * 0.1 + 1e4
-            layouts = [x]
-            if x.ndim == 4:
-                layouts.append(x.to(memory_format=torch.channels_last))
-            if x.ndim == 5:
-                layouts.append(x.to(memory_format=torch.channels_last_3d))
-            others = [a for a in range(x.ndim) if a != 1]
-            expected = x.numpy().astype(np.float64).var(tuple(others), ddof=1)
-            for options in ({}, {"ghost": shape[0]}, {"commit": "step"}):
-                for laid in layouts:
-                    layer = {2: tn.BatchNorm1d, 3: tn.BatchNorm1d, 4: tn.BatchNorm2d}.get(
-                        x.ndim, tn.BatchNorm3d
-                    )(shape[1], momentum=1.0, **options)
-                    layer(laid)
-                    layer.commit()
-                    assert_close(layer.running_var.double().numpy(), expected, rtol=1e-2, atol=0)
-        finally:
-            torch.set_num_threads(before)
-
-
-def test_torch_loses_the_variance_that_ours_keeps():
-    x = (normal(400, 4, 28, 28, dtype=torch.float32) * 0.1 + 1e4).to(
-        memory_format=torch.channels_last
-    )
-    theirs, ours = nn.BatchNorm2d(4, momentum=1.0), tn.BatchNorm2d(4, momentum=1.0)
-    theirs(x), ours(x)
-    assert (theirs.running_var > 1).all()  # 0.01 is right
-    assert_close(ours.running_var, torch.full((4,), 0.01), rtol=2e-2, atol=0)
-
-
-def test_the_shift_changes_neither_output_nor_gradient(monkeypatch):
-    x = normal(50, 3, dtype=torch.float64) * 3 + 2
-    expected = reference.BatchNorm(3).forward(x.numpy())
-    monkeypatch.setattr("truenorm.layers.functional.ROWS", 1)
-    x32 = x.float().requires_grad_()
-    layer, theirs = tn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    y = layer(x32)
-    assert_close(y.detach().double().numpy(), expected, rtol=0, atol=1e-5)
-    xt = x.float().requires_grad_()
-    grad = normal(50, 3, seed=5).float()
-    y.backward(grad)
-    theirs(xt).backward(grad)
-    assert_close(x32.grad, xt.grad, rtol=1e-4, atol=1e-5)
-    assert_close(layer.running_mean, theirs.running_mean)
-    assert_close(layer.running_var, theirs.running_var)
+@pytest.mark.parametrize("options", [{}, {"ghost": 3}, {"commit": "step"}], ids=str)
+@pytest.mark.parametrize(
+    ("held", "given"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_input_of_another_width_trains_and_is_evaluated_in_its_own(held, given, options):
+    """torch refuses both."""
+    layer, right = (tn.BatchNorm1d(3, dtype=dtype, **options) for dtype in (held, torch.float64))
+    x = (normal(7, 3, 4) * 2 + 1).to(given).requires_grad_()
+    for training in (True, False):
+        for one in (layer, right):
+            one.train(training)
+        y, expected = layer(x), right(x.double())
+        layer.commit(), right.commit()
+        assert y.dtype == given
+        assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        assert layer.running_var.dtype == held
+        assert_close(layer.running_var.double(), right.running_var, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert x.grad.dtype == given
+    assert layer.weight.grad.dtype == held
 
 
 # -- all options against the reference ---------------------------------------------------------
@@ -492,6 +459,22 @@ def test_activation_and_residual_are_the_sum_of_their_parts(act, training):
     for one, other in zip(*copies, strict=True):
         assert_close(other.grad, one.grad)
         assert_close(other, one)  # nothing was overwritten
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (4, 1, 1, 1), (2, 4, 3, 4, 4), ()], ids=str)
+@pytest.mark.parametrize("mask", [None, torch.ones(4, dtype=torch.bool)])
+def test_a_residual_of_another_shape_is_refused(shape, training, mask):
+    layer = tn.BatchNorm2d(3).train(training)
+    with pytest.raises(tn.InputError, match=r"input's shape \(4, 3, 4, 4\), got"):
+        layer(torch.randn(4, 3, 4, 4), mask, residual=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wider_residual_does_not_change_the_dtype(training):
+    layer = tn.BatchNorm2d(3).bfloat16().train(training)
+    x = torch.randn(4, 3, 4, 4).bfloat16()
+    assert layer(x, residual=torch.randn(4, 3, 4, 4)).dtype == torch.bfloat16
 
 
 def test_masked_values_are_zero_after_activation_and_residual_too():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import reference
@@ -246,6 +246,18 @@ def test_parts_have_exact_gradients_of_first_and_second_order():
     arguments = tuple(a.detach().requires_grad_() for a in arguments)
     assert gradcheck(f, arguments)
     assert gradgradcheck(f, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own
+@pytest.mark.usefixtures("small_parts")
+def test_parts_have_a_forward_gradient():
+    x, along = normal(11, 3) + 2, normal(11, 3, seed=1)
+    tangents = []
+    for layer in (tn.BatchNorm1d(3), nn.BatchNorm1d(3)):
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, along))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert_close(*tangents)
 
 
 @pytest.mark.parametrize("by", [kernel._by_operations, kernel._by_kernel, kernel._in_parts])

@@ -13,7 +13,14 @@ from torch.nn.parameter import UninitializedBuffer
 from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
 from truenorm.layers.attributes import CommitOption, Epsilon, Option, check_eps
-from truenorm.layers.capture import NO_GRAPH_TASK, captured, graph_task, readable, wrapped
+from truenorm.layers.capture import (
+    NO_GRAPH_TASK,
+    captured,
+    graph_task,
+    held,
+    readable,
+    wrapped,
+)
 from truenorm.layers.foreign import epsilon
 from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
@@ -240,9 +247,10 @@ class BatchNorm(RunningStatistics):
                 if momentum is None:
                     momentum = 1 / int(batches)
                 weight, bias = parameters["weight"], parameters["bias"]
-                eps = own["eps"]
-                out, center, inverse = _kernel(input, weight, bias, mean, var, True, momentum, eps)
-                near = kernel.surely_near(center, size // features, eps)
+                out, center, inverse = _kernel(
+                    input, weight, bias, mean, var, True, momentum, own["eps"]
+                )
+                near = kernel.surely_near(center * inverse, size // features)
                 if near or not kernel.doubtful(input, center, inverse**-2):
                     if not _isfinite(var.dot(var).item()):
                         self._undo_if_poisoned(before)
@@ -311,7 +319,7 @@ class BatchNorm(RunningStatistics):
             out, mean, var = kernel.batch_norm(part, affine, self._eps, again=again)
             batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
-                running_mean, running_var, batches = self._statistics()
+                running_mean, running_var, batches = map(held, self._statistics())
                 r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
                 correction = r[0].to(dtype), d[0].to(dtype)
                 out = functional.renormalize(out, correction, self._affine_in(dtype))
@@ -340,7 +348,7 @@ class BatchNorm(RunningStatistics):
         var = torch.where(batch.count > 0, batch.var, 1)
         correction = None
         if self.training and self.running_mean is not None:
-            running_mean, running_var, batches = self._statistics()
+            running_mean, running_var, batches = map(held, self._statistics())
             running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
                 correction = self._options.renorm.correction(batch, running, self._eps, batches)
@@ -459,7 +467,11 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
 def _refuse_without_statistics(options: Options) -> None:
     for name in ("renorm", "min_count", "frozen"):
         if getattr(options, name):
-            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
+            raise InputError(
+                f"{name} needs running statistics, got {getattr(options, name)!r} without; leave "
+                "track_running_stats=True, and keep the layer from "
+                "torch.func.replace_all_batch_norm_modules_, which takes them away."
+            )
 
 
 def _move_affine(layer: BatchNorm, name: str, *, frozen: bool) -> None:

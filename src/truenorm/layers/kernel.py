@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from truenorm.layers.capture import captured, readable, wrapped
 from truenorm.layers.functional import (
@@ -54,7 +55,9 @@ def batch_norm(
         return by(x, affine, eps)
     if not single:
         return _by_kernel(x, affine, eps)
-    by = _in_parts if in_rows(x) and x.numel() > ROWS * x.shape[1] else _by_kernel
+    by = _by_kernel
+    if in_rows(x) and x.numel() > ROWS * x.shape[1]:
+        by = _in_parts if forward_ad._current_level < 0 else _by_operations
     values, shift = x, x.new_zeros((), dtype=statistics_dtype(x))
     for left in reversed(range(_TRIES)):
         if not again:
@@ -76,8 +79,9 @@ def by_running(
 ) -> Tensor:
     """Batch norm by running mean and variance, (C,), in the dtype of statistics of ``x``."""
     (mean, var), values = running, x
-    look = readable(x) and x.dtype != torch.float64 and not surely_near(mean, 1, eps)
-    if look and far(mean, var + eps):
+    look = readable(x) and x.dtype != torch.float64
+    # In most layers no mean is so large that it could be far, were the variance 0.
+    if look and mean.dot(mean).item() > FAR**2 * eps and far(mean, var + eps):
         values, mean = wide(x) - along_channels(mean, x), torch.zeros_like(mean)
     out = F.batch_norm(values, mean, var, *affine, False, 0.0, eps)
     return out if values is x else out.to(x.dtype)
@@ -90,13 +94,13 @@ def doubtful(x: Tensor, mean: Tensor, spread: Tensor) -> bool:
     return far(mean, spread, _limit(x))
 
 
-def surely_near(mean: Tensor, count: int, eps: float) -> bool:
-    """Whether no channel's mean of ``count`` values can be far, in as few calls as possible.
+def surely_near(ratio: Tensor, count: int) -> bool:
+    """Whether no mean of ``count`` values is far, by ``ratio`` = mean / std, in two calls.
 
-    No mean is larger than all of them together, and no variance smaller than 0.
+    None of them is larger than all together.
     """
-    squares: float = mean.dot(mean).item()
-    return squares * max(count, 256) ** 2 <= _FAR_IN_ROWS**2 * eps
+    squares: float = ratio.dot(ratio).item()
+    return squares * max(count, 256) ** 2 <= _FAR_IN_ROWS**2
 
 
 def _limit(x: Tensor) -> float:

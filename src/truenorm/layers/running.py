@@ -239,6 +239,11 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         if self._options.commit == "forward" or self._re_estimates():
             self._write(batch)
         elif compiling():
+            # The compiler's words where the whole graph is asked for.
+            torch._dynamo.graph_break(
+                msg="commit='step' notes which forwards a gradient reaches, which a graph cannot "
+                "hold; compile with fullgraph=False, or set commit='forward'"
+            )
             # Not as a decorator, which would import the compiler into every process.
             torch.compiler.disable(self._remember)(batch, out)  # type: ignore[no-untyped-call]
         else:
