@@ -9,7 +9,6 @@ words of our own. Each is asked of a batch norm with each option, and of the oth
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -55,6 +54,17 @@ OTHERS: dict[str, Make] = {
     "LayerNorm": lambda channels, **more: truenorm.LayerNorm([channels, 3, 3], **more),
 }
 
+# torch's layer of the same kind, where it has one.
+TORCHS: dict[str, Make] = {
+    "default": nn.BatchNorm2d,
+    "no affine map": partial(nn.BatchNorm2d, affine=False),
+    "no statistics": partial(nn.BatchNorm2d, track_running_stats=False),
+    "cumulative": partial(nn.BatchNorm2d, momentum=None),
+    "GroupNorm": partial(nn.GroupNorm, 2),
+    "InstanceNorm2d": partial(nn.InstanceNorm2d, affine=True),
+    "LayerNorm": lambda channels, **more: nn.LayerNorm([channels, 3, 3], **more),
+}
+
 
 def image(*, n: int = 6, side: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(5)
@@ -95,7 +105,7 @@ def compiles(make: Make, *, training: bool, masked: bool = False, big: bool = Fa
         out.square().sum().backward()
         wanted.square().sum().backward()
         need_close(ours.grad, theirs.grad, "gradient", **tolerance)
-    if hasattr(layer, "commit") and callable(layer.commit):
+    if isinstance(layer, truenorm.BatchNorm):
         layer.commit()
         eager.commit()
     same_state(layer, eager, **tolerance)
@@ -104,8 +114,14 @@ def compiles(make: Make, *, training: bool, masked: bool = False, big: bool = Fa
 def makes_fx(make: Make, *, mode: str) -> None:
     layer, x = layer_of(make), image()
     twin = copy.deepcopy(layer)
-    graph = make_fx(lambda x: twin(x), tracing_mode=mode)(x)
-    need_close(graph(x), layer(x), "the graph's output", **TIGHT)
+    state = {name: held.detach().clone() for name, held in twin.state_dict().items()}
+
+    def function(state: Any, x: Tensor) -> Any:
+        return functional_call(twin, state, (x,))
+
+    graph = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(dict(state), x)
+    given = {name: held.clone() for name, held in layer.state_dict().items()}
+    need_close(graph(given, x), layer(x), "the graph's output", **TIGHT)
 
 
 def exports(make: Make, *, training: bool) -> None:
@@ -118,8 +134,6 @@ def exports(make: Make, *, training: bool) -> None:
 def traces_by_fx(make: Make) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), layer_of(make)).double()
     graph = torch.fx.symbolic_trace(model)
-    kinds = [node.op for node in graph.graph.nodes]
-    need(kinds.count("call_module") == 2, f"nodes {kinds}")
     need_close(copy.deepcopy(graph)(image()), copy.deepcopy(model)(image()), "output", **TIGHT)
 
 
@@ -232,7 +246,7 @@ class _Twice(nn.Module):
 def _trained(layer: nn.Module, x: Tensor) -> None:
     """One step of training, and one forward in each mode."""
     layer.train()
-    layer(x).square().sum().backward()
+    layer(x.clone().requires_grad_()).square().sum().backward()
     found = [p for p in layer.parameters() if p.requires_grad]
     if found:
         torch.optim.SGD(found, 0.01).step()
@@ -242,21 +256,18 @@ def _trained(layer: nn.Module, x: Tensor) -> None:
 
 def takes_a_parametrization(make: Make) -> None:
     layer, plain = layer_of(make), layer_of(make)
-    if "weight" not in dict(layer.named_parameters()):
-        return
     parametrize.register_parametrization(layer, "weight", _Twice())
     need_close(layer(image()), plain(image()), "output", **TIGHT)
     _trained(layer, image())
     twin = copy.deepcopy(layer)
     twin.load_state_dict(layer.state_dict())
+    wanted = twin.eval()(image())  # before: both share the class that goes with it
     parametrize.remove_parametrizations(layer, "weight")
-    need_close(layer.eval()(image()), twin.eval()(image()), "once removed", **TIGHT)
+    need_close(layer.eval()(image()), wanted, "once removed", **TIGHT)
 
 
 def takes_weight_norm(make: Make) -> None:
     layer, plain = layer_of(make), layer_of(make)
-    if "weight" not in dict(layer.named_parameters()):
-        return
     parametrizations.weight_norm(layer, "weight")
     need_close(layer(image()), plain(image()), "output", **TIGHT)
     _trained(layer, image())
@@ -264,8 +275,6 @@ def takes_weight_norm(make: Make) -> None:
 
 def is_pruned(make: Make) -> None:
     layer = layer_of(make)
-    if "weight" not in dict(layer.named_parameters()):
-        return
     least = int(layer.weight.abs().flatten().argmin())
     prune.l1_unstructured(layer, "weight", 1)
     _trained(layer, image())
@@ -463,6 +472,8 @@ _OF_BATCH_NORMS = (
     "fuse_modules",
     "training deleted",
 )
+_OF_WEIGHTS = ("parametrization", "weight_norm", "prune, l1", "prune, mask")
+_OF_PLACES = ("compile, mask", "compile, 40,000 values a channel", "meta, mask")
 _TRACKING = ("swa update_bn", "fuse_conv_bn_eval", "fuse_modules")
 _OF_ONE_EXAMPLE = ("per-example gradients", "jacrev")
 
@@ -470,12 +481,13 @@ _OF_ONE_EXAMPLE = ("per-example gradients", "jacrev")
 def _fits(check: str, kind: str) -> bool:
     """Whether the check means anything for the layer."""
     if kind in OTHERS:
-        return check not in _OF_BATCH_NORMS
+        unfit = _OF_PLACES if kind == "LayerNorm" else ()  # its shape is that of all places
+        return check not in (*_OF_BATCH_NORMS, *unfit)
     if kind == "no statistics":  # it has none to be replaced, and one example depends on others
         return check not in (*_TRACKING, *_OF_ONE_EXAMPLE)
-    if kind == "frozen":  # its statistics never move
-        return check != "swa update_bn"
-    return kind != "no affine map" or check not in ("parametrization", "weight_norm", "prune, l1")
+    if kind == "frozen":  # its statistics never move, and it has no parameters
+        return check not in ("swa update_bn", *_OF_WEIGHTS)
+    return kind != "no affine map" or check not in _OF_WEIGHTS
 
 
 def cases(*, compiled: bool = True) -> Iterator[Case]:
@@ -483,8 +495,8 @@ def cases(*, compiled: bool = True) -> Iterator[Case]:
     checks = (COMPILED | QUICK) if compiled else QUICK
     for kind, make in (KINDS | OTHERS).items():
         subject = kind if kind in OTHERS else f"BatchNorm2d ({kind})"
-        theirs = nn.BatchNorm2d if kind == "default" else None
+        theirs = TORCHS.get(kind)
         for name, check in checks.items():
             if _fits(name, kind):
-                twin = partial(check, theirs) if theirs and "mask" not in name else None
+                twin = None if theirs is None or name.endswith(", mask") else partial(check, theirs)
                 yield Case(SUITE, subject, name, "", partial(check, make), twin)
