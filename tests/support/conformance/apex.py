@@ -29,7 +29,9 @@ def _input(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
 
 
-def _formulas(x: Tensor, cotangent: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[Tensor]:
+def _formulas(
+    x: Tensor, cotangent: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> list[Tensor]:
     """Output and gradients by the formulas of Ioffe and Szegedy 2015, section 3."""
     axes = [0, *range(2, x.ndim)]
 
@@ -134,7 +136,9 @@ def different_batch_sizes() -> None:
 def different_batch_sizes_behind_a_convolution() -> None:
     """Trained by DDP with each example's share of the loss, as one process on all of them."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), truenorm.BatchNorm2d(6, sync=True)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), truenorm.BatchNorm2d(6, sync=True)
+    ).double()
     alone = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)).double()
     alone.load_state_dict(model.state_dict())
     parts = parts_of([(16, 3, 8, 8), (8, 3, 8, 8)])

@@ -85,7 +85,9 @@ def sync_layers_are_frozen_too() -> None:
 
 
 def freezing_reaches_every_depth() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(_trained(), nn.ModuleList([_trained()])))
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1), nn.Sequential(_trained(), nn.ModuleList([_trained()]))
+    )
     truenorm.convert(model, to="frozen")
     truenorm.assert_frozen(model)
 
@@ -142,7 +144,7 @@ def uneven_batches() -> None:
 
 
 def other_sizes_of_images() -> None:
-    """"N" weighs a rank by its examples; here, as on one rank, each value weighs the same."""
+    """ "N" weighs a rank by its examples; here, as on one rank, each value weighs the same."""
     need_pooled(_layer(), parts_of([(2, CHANNELS, 3, 3), (2, CHANNELS, 7, 5)]), (0, 1))
 
 

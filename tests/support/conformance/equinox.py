@@ -126,8 +126,12 @@ def layer_and_group_norm_are_their_formulas() -> None:
     need_close(truenorm.LayerNorm([4, 5, 6], dtype=torch.float64)(x), flat, "layer norm", **TIGHT)
     need_close(truenorm.GroupNorm(1, 4, dtype=torch.float64)(x), flat, "one group", **TIGHT)
     halves = x.view(1, 2, -1)
-    wanted = (halves - halves.mean(-1, True)) / torch.sqrt(halves.var(-1, correction=0)[..., None] + 1e-5)
-    need_close(truenorm.GroupNorm(2, 4, dtype=torch.float64)(x), wanted.view(x.shape), "two", **TIGHT)
+    wanted = (halves - halves.mean(-1, True)) / torch.sqrt(
+        halves.var(-1, correction=0)[..., None] + 1e-5
+    )
+    need_close(
+        truenorm.GroupNorm(2, 4, dtype=torch.float64)(x), wanted.view(x.shape), "two", **TIGHT
+    )
 
 
 _CASES: dict[str, Callable[[], None]] = {

@@ -115,7 +115,9 @@ def without_scale_and_bias() -> None:
 # -- the other norms -----------------------------------------------------------------------------
 
 
-def _normalized(x: np.ndarray, axes: tuple[int, ...], mask: np.ndarray | None, center: bool) -> np.ndarray:
+def _normalized(
+    x: np.ndarray, axes: tuple[int, ...], mask: np.ndarray | None, center: bool
+) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) along ``axes``, over what the mask leaves; zero elsewhere."""
     where = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
     mean = x.mean(axes, keepdims=True, where=where) if center else 0.0
@@ -167,7 +169,10 @@ def _given(mask: np.ndarray | None) -> dict[str, Tensor]:
     return {} if mask is None else {"mask": torch.from_numpy(mask)[None]}
 
 
-_FIVE, _SIX = np.array([True, False, True, False, True]), np.array([True, False, True, False, True, False])
+_FIVE, _SIX = (
+    np.array([True, False, True, False, True]),
+    np.array([True, False, True, False, True, False]),
+)
 _MASKED: dict[str, tuple[Callable[[np.ndarray | None], None], np.ndarray]] = {
     "LayerNorm": (layer_norm, _FIVE),
     "RMSNorm": (rms_norm, _FIVE),

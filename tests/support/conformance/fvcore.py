@@ -73,7 +73,9 @@ def the_order_of_batches_does_not_matter() -> None:
 def layers_behind_layers_settle() -> None:
     """The second norm's input is that of evaluation, with the first's statistics exact."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)).double()
+    model = nn.Sequential(
+        nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)
+    ).double()
     batches = _batches("BatchNorm2d", (8, 8, 2))
     truenorm.recalibrate(model, batches, keep_worse=True)
     _need_population(model[0], batches)

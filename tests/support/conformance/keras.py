@@ -57,7 +57,9 @@ def batches_are_normalized(shape: tuple[int, ...], start: tuple[float, float]) -
         out = layer.train()(out)
     axes = [0, *range(2, out.ndim)]
     need_close(out.mean(axes), torch.zeros_like(out.mean(axes)), "mean", rtol=0, atol=1e-9)
-    need_close(out.std(axes, correction=0), torch.ones(shape[-1]).double(), "std", rtol=0, atol=1e-2)
+    need_close(
+        out.std(axes, correction=0), torch.ones(shape[-1]).double(), "std", rtol=0, atol=1e-2
+    )
     trained = layer.train()(_turned(x))
     need(not torch.allclose(before, trained), "evaluation before training is like training")
     count = x.size // shape[-1]
@@ -101,7 +103,9 @@ def large_statistics_survive_half_precision() -> None:
     """70000 is more than float16 holds."""
     layer = truenorm.BatchNorm2d(3).half()
     layer.running_var.fill_(70000)
-    need_close(layer.running_var.double(), torch.full((3,), 7e4).double(), "variance", rtol=0, atol=0)
+    need_close(
+        layer.running_var.double(), torch.full((3,), 7e4).double(), "variance", rtol=0, atol=0
+    )
     layer.eval()(torch.zeros(1, 3, 2, 2).half())
     need(bool((layer.running_var == 70000).all()), "evaluation changed it")
 
@@ -126,7 +130,9 @@ def masked_values_are_ignored(value: float) -> None:
     for _ in range(5):
         layer(x, mask=mask)
     need_close(layer.running_mean, torch.tensor([1.5, 5.0]).double(), "moving mean", **TIGHT)
-    unbiased = torch.tensor([0.25 * 20 / 19, 0.0], dtype=torch.float64)  # Keras tracks 0.25, the biased one
+    unbiased = torch.tensor(
+        [0.25 * 20 / 19, 0.0], dtype=torch.float64
+    )  # Keras tracks 0.25, the biased one
     need_close(layer.running_var, unbiased, "moving variance", **TIGHT)
 
 
@@ -249,7 +255,9 @@ def cases() -> Iterator[Case]:
             yield Case(SUITE, subject, name, "", run)
     for value in (0.0, 0.1, 1.0):
         told = f"padding {value}"
-        yield Case(SUITE, "mask", "masked values", told, lambda v=value: masked_values_are_ignored(v))
+        yield Case(
+            SUITE, "mask", "masked values", told, lambda v=value: masked_values_are_ignored(v)
+        )
     for shape in ((5, 2, 3), (5, 3, 3, 2)):
         for start in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
             told = f"{shape}, statistics from {start}"

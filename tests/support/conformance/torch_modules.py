@@ -43,7 +43,9 @@ class OverRows(truenorm.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        shape = torch.Size([normalized_shape] if isinstance(normalized_shape, int) else normalized_shape)
+        shape = torch.Size(
+            [normalized_shape] if isinstance(normalized_shape, int) else normalized_shape
+        )
         made = {} if device is None and dtype is None else {"device": device, "dtype": dtype}
         eps = torch.finfo(dtype or torch.get_default_dtype()).eps if eps is None else eps
         super().__init__(shape.numel(), eps=eps, **made)
@@ -358,7 +360,7 @@ CHECKS: dict[str, Check] = {
     "jit.trace": traces_for_torchscript,
 }
 _ONLY_IMAGES = ("memory format",)
-_DERIVATIVES = ("gradcheck", "gradgradcheck")
+DERIVATIVES = ("gradcheck", "gradgradcheck")
 _CONSTRUCTED = ("device and dtype", "device context", "repr")  # ask nothing of the mode
 
 
@@ -367,7 +369,7 @@ def _fits(check: str, example: Example) -> bool:
     if check in _ONLY_IMAGES:
         rows = example.name in ("LayerNorm", "RMSNorm")
         return example.x.ndim in (4, 5) and not example.unbatched and not rows
-    if check in _DERIVATIVES:
+    if check in DERIVATIVES:
         return not example.empty and not example.lazy and example.gradgrad
     if check in _CONSTRUCTED:
         return example.training
@@ -422,7 +424,9 @@ def _lazy(example: Example) -> Example:
 
 def _refuses(cls: type[nn.Module], error: Any) -> None:
     """What torch's layer refuses when it is made or called, ours refuses at either."""
-    made, called = (getattr(error.module_error_input, f"{k}_input") for k in ("constructor", "forward"))
+    made, called = (
+        getattr(error.module_error_input, f"{k}_input") for k in ("constructor", "forward")
+    )
 
     def work() -> None:
         layer = cls(*made.args, **made.kwargs)
@@ -444,7 +448,9 @@ def error_cases() -> Iterator[Case]:
             for error in info.module_error_inputs_func(info, training=True, **options):
                 built = error.module_error_input.constructor_input
                 example = ", ".join([*map(str, built.args), *map("=".join, _told(built.kwargs))])
-                run, theirs = (partial(_refuses, c, error) for c in (ours_of(name), info.module_cls))
+                run, theirs = (
+                    partial(_refuses, c, error) for c in (ours_of(name), info.module_cls)
+                )
                 yield Case(SUITE, name, "refused", example, run, theirs)
 
 
@@ -466,7 +472,7 @@ def lacking() -> set[str]:
     return {name for name in names if not hasattr(truenorm, name)}
 
 
-def cases(names: Collection[str] = ()) -> Iterator[Case]:
+def cases(names: Collection[str] = (), *, without: Collection[str] = ()) -> Iterator[Case]:
     """Every check of every example that it fits; only of the classes ``names``, if there are."""
     missing = lacking()
     for name in sorted(missing & set(names) if names else missing):
@@ -475,7 +481,7 @@ def cases(names: Collection[str] = ()) -> Iterator[Case]:
         if example.name in missing or (names and example.name not in names):
             continue
         for name, check in CHECKS.items():
-            if _fits(name, example):
+            if name not in without and _fits(name, example):
                 run = partial(_asked, check, example, ours_of)
                 theirs = partial(_asked, check, example, partial(getattr, nn))
                 yield Case(SUITE, example.name, name, str(example), run, theirs)

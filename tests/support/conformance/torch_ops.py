@@ -25,6 +25,7 @@ SUITE = "torch op_db"
 OPCHECK = "torch opcheck"
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.ndim > 1 else x
 
@@ -193,7 +194,9 @@ def _as_the_formula(operator: str, sample: Any) -> None:
     for value, join in zip(made.affine, (np.multiply, np.add), strict=True):
         if value is not None:
             normed = join(normed, value.detach().numpy().reshape(along(value)))
-    need_close(made.layer(torch.from_numpy(x)).detach(), torch.from_numpy(normed), "formula", **TIGHT)
+    need_close(
+        made.layer(torch.from_numpy(x)).detach(), torch.from_numpy(normed), "formula", **TIGHT
+    )
 
 
 def _ungrouped(operator: str, normed: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -236,7 +239,6 @@ def cases() -> Iterator[Case]:
             operator = op.name.removeprefix("nn.functional.")
             if operator in OPERATORS and not op.variant_test_name:
                 yield from _of(op, operator)
-    yield Case(OPCHECK, "operators", "registered", "", _operators_are_checked)
 
 
 def _of(op: Any, operator: str) -> Iterator[Case]:
@@ -253,7 +255,9 @@ def _of(op: Any, operator: str) -> Iterator[Case]:
             yield Case(SUITE, subject, f"torch's function, {layout}", told, run)
         made = OPERATORS[operator](sample)
         if made.masked:
-            yield Case(SUITE, subject, "all valid", told, partial(_with_all_valid, operator, sample))
+            yield Case(
+                SUITE, subject, "all valid", told, partial(_with_all_valid, operator, sample)
+            )
         if made.grouped is not None and sample.input.numel():
             yield Case(SUITE, subject, "formula", told, partial(_as_the_formula, operator, sample))
     for error in op.error_inputs("cpu") if op.error_inputs_func is not None else ():
@@ -265,6 +269,11 @@ def ours() -> list[str]:
     """The operators that TrueNorm has registered with torch."""
     names: list[str] = torch._C._dispatch_get_all_op_names()
     return sorted(name for name in names if name.startswith("truenorm::"))
+
+
+def operators() -> Iterator[Case]:
+    """The operators that torch's ``opcheck`` has to be asked about."""
+    yield Case(OPCHECK, "operators", "registered", "", _operators_are_checked)
 
 
 def _operators_are_checked() -> None:

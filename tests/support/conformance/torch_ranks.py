@@ -56,22 +56,27 @@ class SyncBatchNorm:
         return truenorm.convert(module, to="sync", group=process_group or True).model
 
 
-def _parallel(module: nn.Module, device_ids: Any = None, output_device: Any = None, **more: Any) -> Any:
+def _parallel(
+    module: nn.Module, device_ids: Any = None, output_device: Any = None, **more: Any
+) -> Any:
     return DistributedDataParallel(module, **more)
 
 
 def _on_cpu(make: Any) -> Any:
     """A function of torch that makes a tensor, without its device."""
-    return lambda *args, device=None, **kwargs: make(*args, **kwargs)
+
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        return make(*args, **kwargs)
+
+    return made
 
 
 def _torch() -> _Seen:
     parallel = _Seen(nn.parallel, DistributedDataParallel=_parallel)
     modules = _Seen(nn, SyncBatchNorm=SyncBatchNorm, parallel=parallel)
     cuda = _Seen(torch.cuda, set_device=lambda device: None, current_device=lambda: "cpu")
-    device = lambda *args: torch.empty(0).device  # noqa: E731
     made = {name: _on_cpu(getattr(torch, name)) for name in ("randn", "ones")}
-    return _Seen(torch, nn=modules, cuda=cuda, device=device, **made)
+    return _Seen(torch, nn=modules, cuda=cuda, device=lambda *_: torch.get_default_device(), **made)
 
 
 @functools.cache
@@ -98,7 +103,7 @@ def _run_torchs(name: str) -> None:
         def _barrier(self, *args: Any, **kwargs: Any) -> None:
             dist.barrier()
 
-        def runTest(self) -> None:  # noqa: N802  unittest's name
+        def runTest(self) -> None:
             inspect.unwrap(getattr(type(self), name))(self)
 
     seen = _torch()

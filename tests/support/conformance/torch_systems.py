@@ -423,18 +423,18 @@ def is_quantized_by_eager_torch(make: Make) -> None:
 # -- all of it -----------------------------------------------------------------------------------
 
 Check = Callable[[Make], None]
-COMPILED: dict[str, Check] = {
+SLOW: dict[str, Check] = {
     "compile, training": partial(compiles, training=True),
     "compile, evaluation": partial(compiles, training=False),
     "compile, mask": partial(compiles, training=True, masked=True),
     "compile, 40,000 values a channel": partial(compiles, training=True, big=True),
     "export, training": partial(exports, training=True),
     "export, evaluation": partial(exports, training=False),
+    "make_fx, symbolic": partial(makes_fx, mode="symbolic"),
 }
 QUICK: dict[str, Check] = {
     "make_fx, real": partial(makes_fx, mode="real"),
     "make_fx, fake": partial(makes_fx, mode="fake"),
-    "make_fx, symbolic": partial(makes_fx, mode="symbolic"),
     "fx.symbolic_trace": traces_by_fx,
     "jit.script": scripts,
     "fake tensors": runs_under_fake_tensors,
@@ -490,9 +490,9 @@ def _fits(check: str, kind: str) -> bool:
     return kind != "no affine map" or check not in _OF_WEIGHTS
 
 
-def cases(*, compiled: bool = True) -> Iterator[Case]:
-    """Each check of each layer that it fits; those of the compiler take seconds."""
-    checks = (COMPILED | QUICK) if compiled else QUICK
+def cases(*, slow: bool = True) -> Iterator[Case]:
+    """Each check of each layer that it fits; ``slow``: those of the compiler, too."""
+    checks = (SLOW | QUICK) if slow else QUICK
     for kind, make in (KINDS | OTHERS).items():
         subject = kind if kind in OTHERS else f"BatchNorm2d ({kind})"
         theirs = TORCHS.get(kind)
