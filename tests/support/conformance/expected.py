@@ -21,6 +21,16 @@ BY_DESIGN = (
         "with ghost batches the statistics are those of the groups, by which it normalizes",
     ),
     ByDesign(
+        "torch systems",
+        r".* / jit.script",
+        "TorchScript has no form of the options; export, or convert to torch's layers first",
+    ),
+    ByDesign(
+        "torch systems",
+        r".* / fuse_modules",
+        "it goes by exact types; convert to torch's layers first, or fold",
+    ),
+    ByDesign(
         "detectron2",
         r"BatchNorm, sync / ranks weigh the same / 2 ranks",
         "each value weighs the same, as in one process, not each rank",
@@ -45,11 +55,9 @@ OPEN: tuple[ByDesign, ...] = (
     ByDesign("torch test_nn, lazy", r"InstanceNorm / far from zero.* / 2D", "channels last"),
     ByDesign("torch test_nn, lazy", r"LazyBatchNorm / (no affine|known).*", "0 channels"),
     ByDesign("torch systems", r".* / make_fx, real", "a value is looked at"),
-    ByDesign("torch systems", r".* / jit.script", "TorchScript"),
     ByDesign("torch systems", r".* / prune, (l1|mask)", "two parameters taken for none moved"),
     ByDesign("torch systems", r".* / load by assignment", "_skipped is a buffer"),
     ByDesign("torch systems", r".* / training deleted", "KeyError"),
-    ByDesign("torch systems", r".* / fuse_modules", "the type is not torch's"),
     ByDesign("torch systems", r".* / vmap ensemble, .*", "values are looked at"),
     ByDesign("torch systems", r".* / replace_all_batch_norm_modules_", "asks for statistics"),
     ByDesign("torch systems", r"BatchNorm2d \(renorm\) / checkpoint.*", "corrected by later ones"),

@@ -136,7 +136,8 @@ def fvcores_way_of_measuring_works_on_commit_step() -> None:
     layer = truenorm.BatchNorm2d(8, commit="step").double()
     layer.momentum = 1.0
     x = _batches("BatchNorm2d")[0]
-    layer(x)
+    with torch.no_grad():  # as fvcore does, so that no step can follow
+        layer(x)
     rows = x.movedim(1, -1).reshape(-1, 8)
     need_close(layer.running_mean, rows.mean(0), "running mean", **TIGHT)
 
