@@ -380,25 +380,35 @@ def _fits(check: str, example: Example) -> bool:
 # -- torch's examples ----------------------------------------------------------------------------
 
 
-def examples(dtype: torch.dtype = torch.float64) -> Iterator[Example]:
+def examples(dtype: torch.dtype = torch.float64) -> list[Example]:
     """All examples of norms, for the classes that torch lists and those that it does not."""
     with process_left_alone():
-        from torch.testing._internal import common_modules
+        from torch.testing._internal.common_modules import module_db
 
-        infos = {info.module_cls.__name__: info for info in common_modules.module_db}
-        for name in LISTED:
-            for training in (True, False):
-                yield from _of(infos[name], dtype, training)
-        for name in BATCH:
-            for training in (True, False):
-                listed = list(_of(infos[name], dtype, training))
-                yield from (_lazy(it) for it in listed)
-                yield from (replace(it, name="SyncBatchNorm") for it in listed)
-        for name in INSTANCE:
-            make = partial(infos[name].module_inputs_func, lazy=True)
-            for training in (True, False):
-                for it in _of(infos[name], dtype, training, make):
-                    yield replace(it, name=f"Lazy{name}", lazy=True)
+        infos = {info.module_cls.__name__: info for info in module_db}
+        return [
+            *(it for name in LISTED for it in _in_both_modes(infos[name], dtype)),
+            *(it for name in BATCH for it in _batch_norms_unlisted(infos[name], dtype)),
+            *(it for name in INSTANCE for it in _lazy_instance_norms(infos[name], dtype)),
+        ]
+
+
+def _batch_norms_unlisted(info: Any, dtype: torch.dtype) -> Iterator[Example]:
+    for it in _in_both_modes(info, dtype):
+        yield replace(it, name=f"Lazy{it.name}", args=it.args[1:], lazy=True)
+        yield replace(it, name="SyncBatchNorm")
+
+
+def _lazy_instance_norms(info: Any, dtype: torch.dtype) -> Iterator[Example]:
+    for it in _in_both_modes(info, dtype, partial(info.module_inputs_func, lazy=True)):
+        yield replace(it, name=f"Lazy{it.name}", lazy=True)
+
+
+def _in_both_modes(
+    info: Any, dtype: torch.dtype, make: Callable[..., Any] | None = None
+) -> Iterator[Example]:
+    for training in (True, False):
+        yield from _of(info, dtype, training, make)
 
 
 def _of(
@@ -412,11 +422,6 @@ def _of(
             info.module_cls.__name__, built.args, dict(built.kwargs), x, training, case.desc,
             gradgrad=info.supports_gradgrad, unbatched="no_batch_dim" in case.desc,
         )  # fmt: skip
-
-
-def _lazy(example: Example) -> Example:
-    """The same for the lazy class: it asks for no number of features."""
-    return replace(example, name=f"Lazy{example.name}", args=example.args[1:], lazy=True)
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -435,23 +440,25 @@ def _refuses(cls: type[nn.Module], error: Any) -> None:
     refused(work, error.error_type)
 
 
-def error_cases() -> Iterator[Case]:
+def error_cases() -> list[Case]:
     """Torch's examples of arguments that are refused, by the type of the error."""
     with process_left_alone():
         from torch.testing._internal.common_modules import module_db
 
-        for info in module_db:
-            name = info.module_cls.__name__
-            if name not in LISTED or info.module_error_inputs_func is None:
-                continue
-            options = {"device": "cpu", "dtype": torch.float64, "requires_grad": False}
-            for error in info.module_error_inputs_func(info, training=True, **options):
-                built = error.module_error_input.constructor_input
-                example = ", ".join([*map(str, built.args), *map("=".join, _told(built.kwargs))])
-                run, theirs = (
-                    partial(_refuses, c, error) for c in (ours_of(name), info.module_cls)
-                )
-                yield Case(SUITE, name, "refused", example, run, theirs)
+        infos = [info for info in module_db if info.module_error_inputs_func is not None]
+        return [it for info in infos for it in _refusals(info)]
+
+
+def _refusals(info: Any) -> Iterator[Case]:
+    name = info.module_cls.__name__
+    if name not in LISTED:
+        return
+    options = {"device": "cpu", "dtype": torch.float64, "requires_grad": False}
+    for error in info.module_error_inputs_func(info, training=True, **options):
+        built = error.module_error_input.constructor_input
+        example = ", ".join([*map(str, built.args), *map("=".join, _told(built.kwargs))])
+        run, theirs = (partial(_refuses, c, error) for c in (ours_of(name), info.module_cls))
+        yield Case(SUITE, name, "refused", example, run, theirs)
 
 
 def _told(kwargs: dict[str, Any]) -> list[tuple[str, str]]:

@@ -230,39 +230,39 @@ def _told(sample: Any) -> str:
     return ", ".join([str(tuple(sample.input.shape)), *map(short, sample.args), *options])
 
 
-def cases() -> Iterator[Case]:
+def cases() -> list[Case]:
     """Every sample of every operator; the samples without a channel axis are no layer's."""
     with process_left_alone():
         from torch.testing._internal.common_methods_invocations import op_db
 
-        for op in op_db:
-            operator = op.name.removeprefix("nn.functional.")
-            if operator in OPERATORS and not op.variant_test_name:
-                yield from _of(op, operator)
+        named = [(op, op.name.removeprefix("nn.functional.")) for op in op_db]
+        listed = [(op, n) for op, n in named if n in OPERATORS and not op.variant_test_name]
+        return [case for op, name in listed for case in _of(op, name)]
 
 
 def _of(op: Any, operator: str) -> Iterator[Case]:
-    subject = _CLASSES[operator]
     samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=True))
     if op.reference_inputs_func is not None:
         samples += list(op.reference_inputs("cpu", torch.float64, requires_grad=True))
     for number, sample in enumerate(samples):
-        if sample.input.ndim < 2 and operator != "layer_norm":
-            continue
-        told = f"{number}: {_told(sample)}"
-        for layout in LAYOUTS:
-            run = partial(_as_torchs_function, operator, sample, layout)
-            yield Case(SUITE, subject, f"torch's function, {layout}", told, run)
-        made = OPERATORS[operator](sample)
-        if made.masked:
-            yield Case(
-                SUITE, subject, "all valid", told, partial(_with_all_valid, operator, sample)
-            )
-        if made.grouped is not None and sample.input.numel():
-            yield Case(SUITE, subject, "formula", told, partial(_as_the_formula, operator, sample))
+        if sample.input.ndim > 1 or operator == "layer_norm":
+            yield from _asked(operator, sample, f"{number}: {_told(sample)}")
     for error in op.error_inputs("cpu") if op.error_inputs_func is not None else ():
         run = partial(_refuses, operator, error)
-        yield Case(SUITE, subject, "refused", _told(error.sample_input), run)
+        yield Case(SUITE, _CLASSES[operator], "refused", _told(error.sample_input), run)
+
+
+def _asked(operator: str, sample: Any, told: str) -> Iterator[Case]:
+    subject, made = _CLASSES[operator], OPERATORS[operator](sample)
+    for layout in LAYOUTS:
+        run = partial(_as_torchs_function, operator, sample, layout)
+        yield Case(SUITE, subject, f"torch's function, {layout}", told, run)
+    if made.masked:
+        run = partial(_with_all_valid, operator, sample)
+        yield Case(SUITE, subject, "all valid", told, run)
+    if made.grouped is not None and sample.input.numel():
+        run = partial(_as_the_formula, operator, sample)
+        yield Case(SUITE, subject, "formula", told, run)
 
 
 def ours() -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import truenorm
-from conformance.cases import need
+from conformance.cases import need, need_close
 from conformance.gloo import Ranked
+from conformance.pooled import need_pooled, parts_of
 from conformance.process import process_left_alone
 
 SUITE = "torch distributed_test"
@@ -133,9 +134,72 @@ def _the_group_reaches_nested_layers() -> None:
     need(layer.options.sync.group is group, "the group did not reach the layer")
 
 
+# -- what its documentation says, beyond its tests -----------------------------------------------
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "no affine map": {"affine": False},
+    "momentum None": {"momentum": None},
+    "momentum 1": {"momentum": 1.0},
+}
+_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "rows": ((4, 3), (2, 3), (1, 3)),
+    "sequences": ((4, 3, 5), (2, 3, 5), (0, 3, 5)),
+    "images": ((2, 3, 4, 4), (1, 3, 4, 4), (3, 3, 4, 4)),
+    "volumes": ((1, 3, 2, 3, 4), (2, 3, 2, 3, 4), (1, 3, 2, 3, 4)),
+    "unlike images": ((2, 3, 4, 4), (1, 3, 2, 7), (3, 3, 1, 5)),
+}
+
+
+def _is_as_one_process(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
+    """Outputs, gradients and statistics are those of torch's layer on the batch as one."""
+    world = dist.get_world_size()
+    layer = truenorm.BatchNorm(3, **options, sync=True, dtype=torch.float64)
+    need_pooled(layer, parts_of(shapes[:world]), range(world))
+
+
+def _half_on_one_rank() -> None:
+    """Mixed precision on one rank alone: all pool the same statistics."""
+    first, *others = parts_of([(4, 3, 5, 5)] * dist.get_world_size())
+    parts = [first.half(), *(p.float() for p in others)]
+    layer = truenorm.BatchNorm2d(3, momentum=1.0, sync=True)
+    x = parts[dist.get_rank()].requires_grad_()
+    out = layer(x)
+    out.sum().backward()
+    need(out.dtype == x.dtype, f"gives {out.dtype} for {x.dtype}")
+    whole = torch.cat([p.double() for p in parts])
+    need_close(layer.running_mean.double(), whole.mean((0, 2, 3)), "mean", rtol=1e-5, atol=1e-5)
+    need_close(layer.running_var.double(), whole.var((0, 2, 3)), "variance", rtol=1e-5, atol=1e-5)
+
+
+def _evaluation_waits_for_nobody() -> None:
+    """One rank evaluates alone, by its running statistics."""
+    layer = truenorm.BatchNorm2d(3, sync=True, dtype=torch.float64).eval()
+    if dist.get_rank() == 0:
+        x = parts_of([(2, 3, 4, 4)])[0]
+        need_close(layer(x), x / (1 + layer.eps) ** 0.5, "evaluation", rtol=1e-10, atol=1e-10)
+
+
+def _own() -> list[Ranked]:
+    """Of every shape on two and three ranks, of every option on two."""
+    subject = "SyncBatchNorm, as one process"
+    made = [
+        Ranked(SUITE, subject, shape, world, partial(_is_as_one_process, shapes, {}))
+        for shape, shapes in _SHAPES.items()
+        for world in WORLDS
+    ]
+    made += [
+        Ranked(SUITE, subject, f"{shape}, {told}", 2, partial(_is_as_one_process, shapes, options))
+        for shape, shapes in _SHAPES.items()
+        for told, options in _OPTIONS.items()
+    ]
+    made += [Ranked(SUITE, subject, "half on one rank", w, _half_on_one_rank) for w in WORLDS]
+    made.append(Ranked(SUITE, subject, "one evaluates", 2, _evaluation_waits_for_nobody))
+    return made
+
+
 def ranked() -> list[Ranked]:
-    """Every test that names SyncBatchNorm, on two and three ranks."""
-    made = []
+    """Every test that names SyncBatchNorm, on two and three ranks; and cases of our own."""
+    made = _own()
     for name in _torchs_names():
         work = partial(_run_torchs, name)
         if name == NEEDS_TORCHVISION:
