@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from truenorm.layers.norms import InstanceNorm2d as InstanceNorm2d
     from truenorm.layers.norms import InstanceNorm3d as InstanceNorm3d
     from truenorm.layers.norms import LayerNorm as LayerNorm
+    from truenorm.layers.norms import LazyInstanceNorm1d as LazyInstanceNorm1d
+    from truenorm.layers.norms import LazyInstanceNorm2d as LazyInstanceNorm2d
+    from truenorm.layers.norms import LazyInstanceNorm3d as LazyInstanceNorm3d
     from truenorm.layers.norms import RMSNorm as RMSNorm
     from truenorm.layers.norms import weight_standardization as weight_standardization
     from truenorm.layers.recalibration import Recalibration as Recalibration
@@ -95,6 +98,9 @@ _HOMES = {
     "LazyBatchNorm1d": "layers.batch_norm",
     "LazyBatchNorm2d": "layers.batch_norm",
     "LazyBatchNorm3d": "layers.batch_norm",
+    "LazyInstanceNorm1d": "layers.norms",
+    "LazyInstanceNorm2d": "layers.norms",
+    "LazyInstanceNorm3d": "layers.norms",
     "Ledger": "doctor.ledger.ledger",
     "ModelSpec": "models",
     "NormClassifier": "training.estimator",

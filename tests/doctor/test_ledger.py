@@ -83,7 +83,8 @@ def test_gradient_accumulation_is_found_and_committing_by_step_mends_it(kind):
             for part, labels in zip(x.split(8), y.split(8), strict=True):
                 (F.cross_entropy(model(part), labels) / 3).backward()
 
-        found = run(model, batches(kind, 10), step).diagnosis().of("TN303")
+        after = (lambda _, model=model: tn.commit(model)) if pooled else None
+        found = run(model, batches(kind, 10), step, after=after).diagnosis().of("TN303")
         assert bool(found) != pooled
         if found:
             assert found[0].evidence["forwards per step"] == 3
@@ -248,3 +249,21 @@ def test_an_error_in_the_block_is_raised_unchanged_and_leaves_no_hook(where):
     hooks = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
     assert not any(hook for pair in hooks for hook in pair)
     assert not _global_optimizer_post_hooks
+
+
+def test_freezing_inside_the_block_is_seen_and_breaks_no_forward():
+    model, optimizer = loops.made()
+    with tn.watch(model, optimizer) as ledger:
+        for batch in loops.data(pace.WINDOW):  # by now gradients are presumed, not hooked
+            loops.learn(model, optimizer, batch)
+        *body, _ = model.parameters()
+        for parameter in body:
+            parameter.requires_grad_(False)
+        for x, _ in loops.data(2):
+            model(x)  # two without a step between: nothing is presumed any more
+        for parameter in body:
+            parameter.requires_grad_(True)
+        for batch in loops.data(4):
+            loops.learn(model, optimizer, batch)
+    assert {f.code for f in ledger.diagnosis().findings} == {"TN202", "TN203"}
+    assert ledger.steps == pace.WINDOW + 4

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import reference
 import truenorm as tn
+from truenorm.layers.batch_norm import OWN
 from truenorm.layers.functional import ACTIVATIONS
 from truenorm.layers.running import RunningStatistics
 
@@ -496,6 +497,22 @@ def test_masked_values_are_zero_after_activation_and_residual_too():
     assert not y.movedim(1, 2)[~mask].any()
 
 
+@pytest.mark.parametrize("act", [None, *sorted(ACTIVATIONS)])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_what_is_masked_in_the_residual_is_never_seen_either(act, junk):
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    clean = normal(2, 4, 5, seed=1, dtype=torch.float32)
+    results = []
+    for residual in (clean, torch.where(mask[:, None], clean, junk)):
+        layer = randomized(tn.BatchNorm1d(4, act=act))
+        x, added = normal(2, 4, 5).float().requires_grad_(), residual.requires_grad_()
+        y = layer(x, mask, added)
+        y.square().sum().backward()
+        results.append((y, x.grad, added.grad, layer.weight.grad, layer.bias.grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 # -- min_count ----------------------------------------------------------------------------------
 
 
@@ -742,6 +759,26 @@ def test_lazy_layers_become_plain_ones_with_their_options(axes):
         kind(frozen=True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ghost": 2}], ids=str)
+def test_a_lazy_layer_without_tensors_finds_its_channels_too(options, masked):
+    lazy = tn.LazyBatchNorm2d(affine=False, track_running_stats=False, **options)
+    plain = tn.BatchNorm2d(3, affine=False, track_running_stats=False, **options)
+    x = normal(4, 3, 2, 2)
+    mask = {"mask": normal(4, 2, 2, seed=1) > -0.5} if masked else {}
+    assert torch.equal(lazy(x, **mask), plain(x, **mask))
+    assert repr(lazy) == repr(plain)
+    with pytest.raises(tn.InputError, match="expected 3 channels"):
+        lazy(normal(4, 2, 2, 2))
+
+
+def test_a_lazy_layer_that_was_given_a_wrong_shape_stays_lazy():
+    lazy = tn.LazyBatchNorm2d()
+    with pytest.raises(tn.InputError, match=r"expected 4D input \(got 1D input\)"):
+        lazy(torch.zeros(3))
+    assert lazy(torch.zeros(2, 5, 1, 1)).shape == (2, 5, 1, 1)
+
+
 def test_options_can_be_changed_and_are_checked_each_time():
     layer = tn.BatchNorm1d(3)
     layer.ghost = 4
@@ -810,5 +847,8 @@ def test_a_pickle_of_the_layer_holds_these_names():
     """Old pickles of whole models hold them, so they cannot be renamed."""
     layer = tn.BatchNorm2d(3).half()
     own = vars(layer).keys() - vars(nn.BatchNorm2d(3)).keys()
-    assert own == {"_options", "_pending", "_told", "_direct", "_least", "_narrow"}
-    assert layer._buffers.keys() - nn.BatchNorm2d(3)._buffers.keys() == {"_skipped"}
+    later = {"_reset", "_warned"}
+    before = {"_options", "_pending", "_told", "_direct", "_least", "_narrow", "_skipped"}
+    assert own == before | {"_usual"} == set(OWN) - later
+    assert all(not getattr(layer, name) for name in later)
+    assert layer._buffers.keys() == nn.BatchNorm2d(3)._buffers.keys()

@@ -189,6 +189,24 @@ def test_a_batch_recomputed_in_the_backward_pass_is_tracked_once(name, given):
         assert [int(n) for n in found["n"]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("one value is left", (2, 3)), ("more are left", (2, 2, 1))]
+)
+def test_ranks_of_other_positions_agree_on_the_ghosts(name, sizes, given):
+    found = [rank[name] for rank in of_ranks(given, 2, "unlike positions")]
+    examples = [
+        (e.numpy(), out.numpy()) for f in found for e, out in zip(f["x"], f["out"], strict=True)
+    ]
+    for size in sizes:
+        group, examples = examples[:size], examples[size:]
+        values, outs = (np.concatenate(part, axis=1) for part in zip(*group, strict=True))
+        centred = values - values.mean(1, keepdims=True)
+        exact = centred / np.sqrt(values.var(1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(outs, exact, rtol=1e-10, atol=1e-10)
+    assert not examples
+    assert torch.equal(found[0]["var"], found[1]["var"])
+
+
 def test_a_rank_outside_of_the_group_normalizes_by_itself(given):
     case = ranks.Case((3, 2, 4), groups=((0, 1), (2,)))
     compare(case, of_ranks(given, 3, "outsider"), lambda: ranks.layer_of(case))
@@ -236,6 +254,10 @@ def test_evaluation_waits_for_no_other_rank(given):
     x = torch.linspace(-1, 1, 4 * ranks.CHANNELS, dtype=torch.float64).view(4, ranks.CHANNELS)
     for out in (plain, other, frozen):
         assert_close(out, layer(x).detach())
+
+
+def test_evaluation_in_data_parallel_waits_for_no_other_rank_either(given):
+    assert all(found["done"] for found in of_ranks(given, 2, "evaluated alone in data parallel"))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, tn.BatchNorm1d])

@@ -270,6 +270,31 @@ def evaluated_alone() -> dict[str, Any]:
     return {"out": outs}
 
 
+def evaluated_alone_in_data_parallel() -> dict[str, Any]:
+    """As above, of a model without statistics: nothing of it is broadcast in a forward."""
+    layers = nn.Linear(4, CHANNELS), tn.BatchNorm1d(CHANNELS, track_running_stats=False)
+    model = DistributedDataParallel(nn.Sequential(*layers)).eval()
+    done = dist.get_rank() != 0 or model(torch.randn(5, 4)).isfinite().all().item()
+    dist.barrier()
+    return {"done": done}
+
+
+# Examples and positions on each of two ranks: the batch's last example has one value, or has not.
+UNLIKE = {"one value is left": ((4, 5), (1, 1)), "more are left": ((4, 1), (1, 5))}
+
+
+def unlike_positions() -> dict[str, Any]:
+    """Ghosts of two examples, whose positions differ between the ranks."""
+    given = {}
+    for name, shares in UNLIKE.items():
+        examples, positions = shares[dist.get_rank()]
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x = torch.randn(examples, CHANNELS, positions, generator=generator, dtype=torch.float64)
+        layer = tn.BatchNorm1d(CHANNELS, ghost=2, sync=True, dtype=torch.float64)
+        given[name] = {"x": x, "out": layer(x).detach(), "var": layer.running_var.clone()}
+    return given
+
+
 def outsider() -> dict[str, Any]:
     """A rank that holds the group of others normalizes by itself."""
     group = dist.new_group([0, 1])
@@ -324,6 +349,8 @@ SPECIAL: dict[int, dict[str, Callable[[], dict[str, Any]]]] = {
         "one value in all": one_value_in_all,
         "not finite on one": not_finite_on_one,
         "evaluated alone": evaluated_alone,
+        "evaluated alone in data parallel": evaluated_alone_in_data_parallel,
+        "unlike positions": unlike_positions,
         "torch's sync": torchs_sync,
     },
     3: {"outsider": outsider, "far from zero": far_from_zero, "data parallel": data_parallel},

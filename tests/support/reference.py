@@ -196,3 +196,18 @@ class BatchNorm:
             mean += weight * d
             var = (1 - weight) * var + weight * (np.var(few) + d**2 * (2 - weight) / 2)
         return mean, var
+
+
+def batch_norm_with_gradients(x, grad, eps=1e-5):
+    """Mean and biased variance of each channel of x (N, C, *S), its normalized values, and the
+    gradients of sum(grad * normalized * weight + bias) at weight 1 and bias 0: of x, weight, bias.
+    """
+    x, grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)
+    axes = tuple(a for a in range(x.ndim) if a != 1)
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    scale = 1 / np.sqrt(var + eps)
+    normed = (x - mean) * scale
+    of_weight = (grad * normed).mean(axes, keepdims=True)
+    of_x = scale * (grad - grad.mean(axes, keepdims=True) - normed * of_weight)
+    count = x.size / x.shape[1]
+    return mean.ravel(), var.ravel(), normed, of_x, of_weight.ravel() * count, grad.sum(axes)

@@ -7,30 +7,28 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
-from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
-from truenorm.layers import functional
-from truenorm.layers.functional import ACTIVATIONS, Moments, summed_in_rows, widest
+from truenorm.layers import functional, kernel
+from truenorm.layers.capture import NO_GRAPH_TASK, captured, graph_task, readable, wrapped
+from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
 from truenorm.layers.renorm import Renorm
-from truenorm.layers.running import (
-    NO_GRAPH_TASK,
-    RunningStatistics,
-    compiling,
-    graph_task,
-    readable,
-    wrapped,
-)
+from truenorm.layers.running import RunningStatistics
 
 # Looked up once: see BatchNorm.forward.
-_kernel, _cat, _isfinite = torch.batch_norm, torch.cat, math.isfinite
+_kernel, _cat, _isfinite = torch.native_batch_norm, torch.cat, math.isfinite
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
+
+OWN = (
+    "_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow", "_usual", "_reset",
+    "_warned",
+)  # fmt: skip
+"""The attributes of a layer that torch's has not; a pickle of the layer holds them."""
 
 
 class _Option:
@@ -46,6 +44,27 @@ class _Option:
         layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
 
 
+class _CommitOption(_Option):
+    """The option ``commit``; called, what is read of it writes what is pending."""
+
+    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
+        return self if layer is None else _Commit(layer)
+
+
+class _Commit(str):
+    """The value of a layer's option ``commit``; called, it is :meth:`RunningStatistics.commit`."""
+
+    _layer: RunningStatistics
+
+    def __new__(cls, layer: BatchNorm) -> _Commit:
+        value = super().__new__(cls, layer.options.commit)
+        value._layer = layer
+        return value
+
+    def __call__(self) -> None:
+        RunningStatistics.commit(self._layer)
+
+
 class BatchNorm(RunningStatistics):
     """Batch normalization of (N, C, *S), for any number of spatial axes.
 
@@ -59,8 +78,6 @@ class BatchNorm(RunningStatistics):
     - so does a forward inside a backward pass: activation checkpointing counts once;
     - so does an empty batch;
     - large means cost no precision, in any memory layout.
-
-    Inside transforms of torch.func it is torch's layer without these differences.
 
     Args:
         num_features: C.
@@ -83,8 +100,9 @@ class BatchNorm(RunningStatistics):
         min_count: with fewer values per channel, normalize by the running statistics, and move
             them in proportion to the values seen, instead of raising an error.
         commit: when running statistics are written. "forward": at once. "step": pooled over all
-            forwards since the last commit and written by :meth:`commit`, which
-            ``truenorm.attach(optimizer, model)`` calls after each step of the optimizer.
+            forwards since the last commit and written when ``layer.commit()`` is called, as
+            ``truenorm.attach(optimizer, model)`` does after each step of the optimizer. Setting
+            it, like setting ``frozen``, drops what is pending.
 
     Raises:
         InputError: an option outside its range, or one that needs statistics it does not have.
@@ -133,18 +151,24 @@ class BatchNorm(RunningStatistics):
 
         Frozen turns weight and bias into buffers: no optimizer, ``requires_grad_``, weight decay
         or DDP reaches them, and their names in the state dict stay. Thawed they are new
-        parameters, which an optimizer must be given.
+        parameters, which an optimizer must be given. What is pending for a commit is dropped if
+        ``commit`` changes or the statistics are frozen.
 
         Raises:
             InputError: an option that this layer cannot have; it is then as it was.
         """
         _refuse(self, options)
-        if "_skipped" not in self._buffers:
+        if "_skipped" not in vars(self):
             self._begin()
         self._widen_statistics(self._buffers)
         if options.frozen != self._options.frozen:
             for name in ("weight", "bias"):
                 _move_affine(self, name, frozen=options.frozen)
+            others = [name for name in self._buffers if name not in ("weight", "bias")]
+            for name in others:  # statistics stand behind them in torch's state dicts
+                self._buffers[name] = self._buffers.pop(name)
+        if options.frozen or options.commit != self._options.commit:
+            self._pending.clear()
         self._options = options
         # What torch's kernel can do with the running statistics in one go; see forward.
         self._direct = options.ghost is options.sync is options.renorm is None and not (
@@ -158,6 +182,7 @@ class BatchNorm(RunningStatistics):
     frozen = _Option()
     act = _Option()
     min_count = _Option()
+    commit = _CommitOption()  # the method's name, and still callable
 
     @property
     def options(self) -> Options:
@@ -205,9 +230,9 @@ class BatchNorm(RunningStatistics):
         # backward, a call of Python's or torch's up to one: so torch's kernel moves the running
         # statistics itself, and is undone if need be. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and own["training"] and mask is residual is None and not compiling():
+        if own["_direct"] and self.training and mask is residual is None and not captured():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
-            mean = buffers["running_mean"]
+            mean = buffers.get("running_mean")
             if (
                 type(input) is Tensor
                 and mean is not None
@@ -215,23 +240,31 @@ class BatchNorm(RunningStatistics):
                 and input.dim() in self._axes
                 and input.size(1) == features  # input.shape costs as much as all these lines
                 and (size := input.numel()) >= own["_least"] * features
-                and (size <= functional.ROWS * features or not summed_in_rows(input))
+                and (size <= functional.ROWS * features or not in_rows(input))
                 and input.is_cpu
                 and own["track_running_stats"]
-                and len(parameters) == 2  # else one is parametrized
+                and "weight" in parameters  # else it is parametrized, pruned, or the like
+                and "bias" in parameters
+                and (var := buffers.get("running_var")) is not None
+                and (batches := buffers.get("num_batches_tracked")) is not None
                 and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
             ):
-                var, batches = buffers["running_var"], buffers["num_batches_tracked"]
                 before = _cat((mean, var))
                 batches.add_(_ONE)
                 momentum = own["momentum"]
                 if momentum is None:
                     momentum = 1 / int(batches)
                 weight, bias = parameters["weight"], parameters["bias"]
-                out = _kernel(input, weight, bias, mean, var, True, momentum, own["eps"], False)
-                if not _isfinite(var.dot(var).item()):
-                    self._undo_if_poisoned(before)
+                eps = own["eps"]
+                out, center, inverse = _kernel(input, weight, bias, mean, var, True, momentum, eps)
+                near = kernel.surely_near(center, size // features, eps)
+                if near or not kernel.doubtful(input, center, inverse**-2):
+                    if not _isfinite(var.dot(var).item()):
+                        self._undo_if_poisoned(before)
+                else:
+                    self._undo(before)
+                    out = self._by_kernel(input, [input.size(0)], again=True)
                 act = own["_options"].act
                 return out if act is None else ACTIVATIONS[act](out)
         if not isinstance(input, Tensor):
@@ -242,13 +275,15 @@ class BatchNorm(RunningStatistics):
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
-            out = out + residual
+            out = _plus(out, residual, mask)
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
 
     def _normalized(self, x: Tensor, mask: Tensor | None) -> Tensor:
         options = self._options
+        if self.running_mean is None:
+            _refuse_without_statistics(options)
         if options.frozen or not (self.training or self.running_mean is None):
             return self._by_running(x)
         if mask is not None or (self.training and options.sync):
@@ -260,20 +295,7 @@ class BatchNorm(RunningStatistics):
             raise InputError(one_value(x))
         if least < (options.min_count or 2):
             return self._by_moments(x, mask)
-        if self._direct and self._tracks() and not compiling() and wrapped(x):
-            return self._in_transform(x)
         return self._by_kernel(x, sizes)
-
-    def _in_transform(self, x: Tensor) -> Tensor:
-        """Inside a transform of torch.func, such as an ensemble under vmap: as torch's layer.
-
-        No value can be looked at there, so a batch that is not finite is written, too.
-        """
-        mean, var, batches = self._statistics()
-        batches.add_(1)
-        momentum = 1 / float(batches) if self.momentum is None else self.momentum
-        affine = self._affine_in(mean.dtype)
-        return torch.batch_norm(x, *affine, mean, var, True, momentum, self.eps, x.is_cuda)
 
     def _affine_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in ``dtype``; no operation where they have it: graphs stay clean."""
@@ -287,33 +309,35 @@ class BatchNorm(RunningStatistics):
 
     def _by_running(self, x: Tensor) -> Tensor:
         mean, var, _ = self._statistics()
-        weight, bias = self._affine_in(mean.dtype)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        dtype = functional.statistics_dtype(x)
+        if mean.dtype != dtype:
+            mean, var = mean.to(dtype), var.to(dtype)
+        weight, bias = self._affine_in(dtype)
+        return kernel.by_running(x, (mean, var), (weight, bias), self.eps)
 
-    def _by_kernel(self, x: Tensor, sizes: list[int]) -> Tensor:
+    def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
         positions = x.shape[2:].numel()
         outs, parts = [], []
         for part in torch.split(x, sizes) if len(sizes) > 1 else [x]:
             count = part.shape[0] * positions
-            mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
-            var = torch.zeros_like(mean)
-            affine = self._affine_in(mean.dtype) if renorm is None else (None, None)
-            out = functional.batch_norm(part, (mean, var), affine, 1.0, self.eps)
-            batch = Moments(
-                mean[None], var[None] * ((count - 1) / count), mean.new_full((1, 1), count)
-            )
+            dtype = functional.statistics_dtype(x)
+            affine = self._affine_in(dtype) if renorm is None else (None, None)
+            out, mean, var = kernel.batch_norm(part, affine, self.eps, again=again)
+            batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
                 running_mean, running_var, batches = self._statistics()
                 r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
-                correction = r[0].to(mean.dtype), d[0].to(mean.dtype)
-                out = functional.renormalize(out, correction, self._affine_in(mean.dtype))
+                correction = r[0].to(dtype), d[0].to(dtype)
+                out = functional.renormalize(out, correction, self._affine_in(dtype))
             outs.append(out)
             parts.append(batch)
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
             self._observe(functional.joined(parts), out)
+        elif self._pending:
+            self._recognize(functional.joined(parts))
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -351,6 +375,8 @@ class BatchNorm(RunningStatistics):
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
+        elif self._pending:
+            self._recognize(batch)
         return out
 
     # -- statistics --------------------------------------------------------------------------
@@ -394,6 +420,12 @@ class _Lazy(_LazyNormBase, BatchNorm):
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
 
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._axes:
             wanted = " or ".join(f"{n}D" for n in self._axes)
@@ -427,17 +459,24 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
         )
     if not layer.eps >= 0:
         raise InputError(f"eps must be at least 0, got {layer.eps!r}.")
-    for name in ("renorm", "min_count", "frozen"):
-        if getattr(options, name) and not layer.track_running_stats:
-            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
+    if not layer.track_running_stats:
+        _refuse_without_statistics(options)
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):
         raise InputError("frozen needs statistics to hold; a lazy layer has none yet.")
     was = isinstance(layer, BatchNorm) and "_options" in vars(layer) and layer.options.frozen
-    if options.frozen != was and parametrize.is_parametrized(layer):
+    held = layer._buffers if was else layer._parameters
+    computed = [n for n in ("weight", "bias") if n not in held and n not in layer._parameters]
+    if options.frozen != was and computed:
         raise InputError(
-            "frozen cannot be changed while weight or bias are parametrized; remove the "
-            "parametrizations first."
+            f"frozen cannot be changed while {' and '.join(computed)} is computed from other "
+            "tensors, by parametrizations, pruning or a norm of the weight; remove these first."
         )
+
+
+def _refuse_without_statistics(options: Options) -> None:
+    for name in ("renorm", "min_count", "frozen"):
+        if getattr(options, name):
+            raise InputError(f"{name} needs running statistics; leave track_running_stats=True.")
 
 
 def _move_affine(layer: BatchNorm, name: str, *, frozen: bool) -> None:
@@ -456,13 +495,33 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     """The group of each example, and their number, over the joined batch of all ranks."""
     if options.ghost is None:
         return None, 1
-    counts = [x.shape[0]] if ranks is None else ranks.sizes(x.shape[0], x.device)
-    sizes = options.ghost_sizes(sum(counts), x.shape[2:].numel())
+    mine = (x.shape[0], x.shape[2:].numel())
+    table = [mine] if ranks is None else ranks.table(mine, x.device)
+    counts = [examples for examples, _ in table]
+    # All ranks must find the same groups: the last example has the positions of its own rank.
+    last = next((positions for examples, positions in reversed(table) if examples), 0)
+    sizes = options.ghost_sizes(sum(counts), last)
     if sizes is None:
         return None, 1
     first = 0 if ranks is None else sum(counts[: ranks.rank])
-    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return ids[first : first + x.shape[0]].to(x.device), len(sizes)
+    ids = torch.arange(first, first + x.shape[0], device=x.device) // options.ghost
+    return ids.clamp(max=len(sizes) - 1), len(sizes)  # a last one alone joins those before
+
+
+def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
+    """``out`` + ``residual`` where it is valid, with the dtype of ``out``.
+
+    Raises:
+        InputError: the two have other shapes.
+    """
+    if residual.shape != out.shape:
+        raise InputError(
+            f"residual must have the input's shape {tuple(out.shape)}, got "
+            f"{tuple(residual.shape)}; expand() one that should be repeated."
+        )
+    if mask is not None:  # what a NaN sends back through an activation is NaN, wherever it stood
+        residual = torch.where(mask, residual, 0)
+    return (out + residual).to(out.dtype)
 
 
 def _has_one_value(count: Tensor) -> bool:

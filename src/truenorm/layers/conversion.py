@@ -42,6 +42,9 @@ _TO_TRUENORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm1d: norms.InstanceNorm1d,
     nn.InstanceNorm2d: norms.InstanceNorm2d,
     nn.InstanceNorm3d: norms.InstanceNorm3d,
+    nn.LazyInstanceNorm1d: norms.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d: norms.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d: norms.LazyInstanceNorm3d,
 }
 _TO_TORCH = {ours: torchs for torchs, ours in _TO_TRUENORM.items() if ours is not BatchNorm}
 
@@ -325,11 +328,9 @@ def _to_torch(layer: nn.Module) -> tuple[str, str]:
     lost = [f"drops {n}: {_LOST[n]}" for n in options.set() if n in _LOST]
     group = options.sync.group if options.sync else None
     layer.adopt(Options())
-    for name in ("_options", "_direct", "_least", "_pending", "_told"):
-        delattr(layer, name)
-    del layer._buffers["_skipped"]
-    layer._non_persistent_buffers_set.discard("_skipped")
-    _narrow_statistics(layer, layer.__dict__.pop("_narrow", None))
+    _narrow_statistics(layer, layer._narrow)
+    for name in layers.OWN:
+        layer.__dict__.pop(name, None)
     _become(layer, kind)
     if isinstance(layer, nn.SyncBatchNorm):
         layer.process_group = group
@@ -366,12 +367,10 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
     number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
     if not isinstance(number, int) or number < 1 or channels % number:
         raise _Unchanged(f"its {channels} channels do not divide into {number!r} groups")
-    for name in (*STATISTICS, "num_batches_tracked", "_skipped"):
+    for name in (*STATISTICS, "num_batches_tracked"):
         layer._buffers.pop(name, None)
-        layer._non_persistent_buffers_set.discard(name)
-    kept = {"eps", "affine"}
-    ours = {"_options", "_direct", "_least", "_pending", "_told", "_narrow", "process_group"}
-    for name in {"num_features", "momentum", "track_running_stats", *ours} - kept:
+    batchs = ("num_features", "momentum", "track_running_stats", "process_group")
+    for name in (*batchs, *layers.OWN):
         layer.__dict__.pop(name, None)
     _become(layer, norms.GroupNorm)
     assert isinstance(layer, nn.GroupNorm)

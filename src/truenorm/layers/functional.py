@@ -231,66 +231,45 @@ def normalize(
             the affine map.
     """
     mean, var = stats
-    scale, offset = torch.rsqrt(var + eps), None
+    scale = torch.rsqrt(var + eps)
+    # The mean is wider than x: what x can hold of it is subtracted, which is exact where it
+    # matters, and the rest enters with the offset, as does the gradient of all of it.
+    shift = mean.detach().to(x.dtype)
+    offset = shift - mean
     if correction is not None:
-        scale, offset = scale * correction[0], correction[1]
+        scale = scale * correction[0]
+    offset = offset * scale
+    if correction is not None:
+        offset = offset + correction[1]
     weight, bias = affine
     if weight is not None:
-        scale = scale * weight
-        offset = None if offset is None else offset * weight
+        scale, offset = scale * weight, offset * weight
     if bias is not None:
-        offset = bias if offset is None else offset + bias
+        offset = offset + bias
+    centred = x - along_channels(shift, x)
     if mean.shape[0] == 1:
-        return _by_channel(x, mean[0], scale[0], offset)
-
-    def along_channels(values: Tensor) -> Tensor:
-        return values.to(x.dtype).view(-1, values.shape[-1], *(1,) * (x.ndim - 2))
-
-    out = (x - along_channels(mean)) * along_channels(scale)
-    return out if offset is None else out + along_channels(offset)
+        return scaled(centred, scale[0], offset[0])
+    scale, offset = scale.to(x.dtype), offset.to(x.dtype)
+    return centred * along_channels(scale, x) + along_channels(offset, x)
 
 
-def _by_channel(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """(x - mean) * scale + offset, (C,) each, in one sweep forward and one backward.
+def scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Scale and shift channels by (C,) each, in one sweep forward and one backward.
 
-    The kernel is that of batch norm in evaluation, to which the mean is a constant; what depends
-    on it, (constant - mean) * scale, is zero and enters with the offset for its gradient alone.
+    The kernel is that of batch norm in evaluation; its backward is not asked to add up more
+    rows than it can: see :data:`ROWS`.
     """
-    constant = mean.detach()
-    moved = (constant - mean) * scale
-    if offset is not None:
-        moved = moved + offset.flatten()
     dtype = statistics_dtype(x)
-    one = torch.ones_like(constant, dtype=dtype)
-    affine = scale.to(dtype), moved.to(dtype)
-    return torch.batch_norm(x, *affine, constant.to(dtype), one, False, 0.0, 0.0, x.is_cuda)
+    scale, offset = scale.to(dtype), offset.to(dtype)
+    if torch.is_grad_enabled() and in_rows(x) and x.numel() > ROWS * x.shape[1]:
+        return (x * along_channels(scale, x) + along_channels(offset, x)).to(x.dtype)
+    still = torch.zeros_like(scale, requires_grad=False), torch.ones_like(scale)
+    return torch.batch_norm(x, scale, offset, *still, False, 0.0, 0.0, x.is_cuda)
 
 
-def batch_norm(
-    x: Tensor,
-    running: tuple[Tensor, Tensor],
-    affine: tuple[Tensor | None, Tensor | None],
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Batch normalization in training, by torch's own kernel.
-
-    Moves ``running``, (C,) each, toward the batch's mean and UNBIASED variance by ``momentum``.
-
-    The mean of a channel can be taken out beforehand without a change to output or gradient.
-    It is, where torch's kernel for rows adds up in float32 more values than that can bear:
-    for a mean of 1e4 and a standard deviation of 0.1 its variance is off by 10 % at 1e5 values
-    a channel and by a factor of 1e6 at 3e6.
-    """
-    if summed_in_rows(x):
-        shift = x.detach().mean([a for a in range(x.ndim) if a != 1])
-        x = x - shift.view(-1, *(1,) * (x.ndim - 2))
-        out = torch.batch_norm(x, *affine, *running, True, momentum, eps, False)
-        # .data: the backward holds the statistics, but does not look at them.
-        running[0].data.add_(shift, alpha=momentum)
-        return out
-    cudnn = x.is_cuda and torch.backends.cudnn.enabled
-    return torch.batch_norm(x, *affine, *running, True, momentum, eps, cudnn)
+def along_channels(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` (C,) or (N, C) shaped to broadcast against ``x`` (N, C, *S)."""
+    return values.view(-1, values.shape[-1], *(1,) * (x.ndim - 2))
 
 
 def renormalize(
@@ -304,7 +283,7 @@ def renormalize(
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias
-    return _by_channel(x, torch.zeros_like(shift), scale, shift)
+    return scaled(x, scale, shift)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -312,34 +291,37 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-ROWS = 2**15  # values a channel and thread: up to there the variance above is within 1 %
+ROWS = 2**16  # values a channel that the kernel for rows may add up: variance within 0.4 %
 
 
-def summed_in_rows(x: Tensor) -> bool:
-    """Whether torch's CPU kernel adds up too many rows of channels in float32."""
-    if x.numel() <= ROWS * x.size(1) or not x.is_cpu or x.dtype != torch.float32:
-        return False
-    if x.numel() <= ROWS * x.shape[1] * torch.get_num_threads():
-        return False
-    if x.ndim == 2:
-        return x.is_contiguous()
-    if x.ndim not in (4, 5):
-        return False
-    rows = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=rows)
+def in_rows(x: Tensor) -> bool:
+    """Whether the channels of ``x`` lie side by side, so that torch's kernel for rows is used."""
+    if x.is_contiguous():
+        return x.numel() == x.size(0) * x.size(1)
+    return layout_of(x) is not torch.contiguous_format
 
 
-def masked_moments(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the valid values along ``axes``, kept as axes of one.
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels-last, if ``x`` (N, C, *S) is that and not contiguous, too."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    rows = formats.get(x.ndim)
+    if rows is None or x.is_contiguous() or not x.is_contiguous(memory_format=rows):
+        return torch.contiguous_format
+    return rows
 
-    ``x`` is zero where the mask is False; without any valid value both are zero.
+
+def standardized(x: Tensor, mask: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) of the valid values along ``axes``.
+
+    ``x`` is zero where the mask is False; what comes of that is not to be used.
     """
     count = mask.expand(x.shape).sum(axes, keepdim=True).clamp(min=1)
-    mean = x.sum(axes, keepdim=True) / count
-    centred = torch.where(mask, x - mean, 0)
-    slip = centred.sum(axes, keepdim=True) / count
-    var = centred.square().sum(axes, keepdim=True) / count - slip.square()
-    return mean + slip, var
+    centred = x - x.sum(axes, keepdim=True) / count
+    # Once more: a mean that is large is rounded to a part of a standard deviation.
+    slip = torch.where(mask, centred, 0).sum(axes, keepdim=True) / count
+    centred = centred - slip
+    var = torch.where(mask, centred, 0).square().sum(axes, keepdim=True) / count
+    return centred * torch.rsqrt(var + eps)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

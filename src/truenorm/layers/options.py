@@ -46,6 +46,7 @@ class Options:
         if self.act is not None:
             choose("act", self.act, tuple(ACTIVATIONS))
         choose("commit", self.commit, get_args(Commit))
+        object.__setattr__(self, "commit", str(self.commit))  # a layer's own is more than that
 
     def set(self) -> dict[str, Any]:
         """Those that differ from their default."""
@@ -57,6 +58,10 @@ class Options:
 
         The last takes what is left, or, if that is one value, it joins the group before: alone it
         has no variance.
+
+        Args:
+            examples: those of the batch.
+            positions: those of its last example.
         """
         size = self.ghost
         if size is None or examples <= size:

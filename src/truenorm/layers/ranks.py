@@ -36,12 +36,13 @@ class Ranks:
         total: Tensor = _Sum.apply(x, self.group)  # type: ignore[no-untyped-call]
         return total
 
-    def sizes(self, size: int, device: torch.device) -> list[int]:
-        """Each rank's ``size``, in the order of ranks."""
-        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=device)
-        sizes[self.rank] = size
-        dist.all_reduce(sizes, group=self.group)
-        return [int(n) for n in sizes.tolist()]
+    def table(self, row: tuple[int, ...], device: torch.device) -> list[tuple[int, ...]]:
+        """Each rank's ``row``, in the order of ranks; all rows are of one length."""
+        world = dist.get_world_size(self.group)
+        rows = torch.zeros(world, len(row), dtype=torch.int64, device=device)
+        rows[self.rank] = torch.tensor(row, device=device)
+        dist.all_reduce(rows, group=self.group)
+        return [tuple(r) for r in rows.tolist()]
 
     @property
     def rank(self) -> int:

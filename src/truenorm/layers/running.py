@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -13,36 +14,63 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
+from truenorm.errors import InputError
 from truenorm.layers import functional
+from truenorm.layers.capture import (
+    NO_GRAPH_TASK,
+    captured,
+    compiling,
+    graph_task,
+    readable,
+    wrapped,
+)
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
+from truenorm.layers.scripting import Unscriptable
 
 STATISTICS = ("running_mean", "running_var")
-compiling = torch.compiler.is_compiling
-graph_task = torch._C._current_graph_task_id  # of the backward pass that runs now
-NO_GRAPH_TASK = -1
-wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 FORGOTTEN = 1024  # forwards without a commit after which one is surely never coming
 
 
 @dataclass
 class Forward:
-    """The statistics of one forward that no step has committed yet."""
+    """The statistics of one forward that no step has committed yet.
+
+    Attributes:
+        moments: of its groups.
+        reached_by_gradient: it had a part in a backward pass.
+        spent: that pass has ended, and the gradient stands in the parameters, as an attachment
+            (see :func:`truenorm.attach`) found.
+        forgone: the gradient was thrown away, and the forward is pending no more.
+        number: its place in the order of all layers' forwards.
+        learning: gradients were being recorded when it ran.
+        recorded: one was recorded for it; not if nothing before it learns.
+        version: the version of the layer's first parameter, which a step changes.
+    """
 
     moments: Moments
     reached_by_gradient: bool = False
+    spent: bool = False
+    forgone: bool = False
+    number: int = -1
+    learning: bool = True
+    recorded: bool = True
+    version: int | None = None
 
-    def mark(self, _: Tensor) -> None:
-        self.reached_by_gradient = True
+    def repeated_by(self, moments: Moments) -> bool:
+        """Whether ``moments`` are those of this forward, to the bit."""
+        return all(
+            mine.shape == theirs.shape and torch.allclose(mine, theirs, 0, 0, equal_nan=True)
+            for mine, theirs in zip(self.moments, moments, strict=True)
+        )
 
 
-def readable(x: Tensor, *, any_device: bool = False) -> bool:
-    """Whether a value can be looked at, and cheaply: no graph capture, no device to wait for."""
-    if compiling() or type(x) is not Tensor:
-        return False
-    if not (x.is_cpu or (any_device and not x.is_meta)):
-        return False
-    return not wrapped(x)
+_numbers = itertools.count()
+
+
+def _abstract(x: Tensor) -> bool:
+    """Whether ``x`` is no one value: on the meta device, or many in a transform of torch.func."""
+    return x.is_meta or wrapped(x)
 
 
 def writable(statistic: Tensor) -> Tensor:
@@ -51,7 +79,7 @@ def writable(statistic: Tensor) -> Tensor:
     The backward of a training forward holds the running statistics without looking at them, so
     writing them between is no error; torch's own kernel does not count its writes either.
     """
-    return statistic if compiling() else statistic.data
+    return statistic if captured() or wrapped(statistic) else statistic.data
 
 
 def move_by_few(
@@ -70,7 +98,7 @@ def move_by_few(
     return mean[0], var[0]
 
 
-class RunningStatistics(_BatchNorm):
+class RunningStatistics(Unscriptable, _BatchNorm):
     """What a batch norm knows of past batches: kept wide, and moved by whole, finite batches.
 
     The options say when and how the statistics move; the forward, in the layer itself, says by
@@ -82,19 +110,39 @@ class RunningStatistics(_BatchNorm):
     _told: bool  # whether the warning of skipped batches was given
     _skipped: Tensor
     _narrow: torch.dtype | None = None  # of the statistics, had they not been widened
+    _usual: float | None  # the momentum of training, which a re-estimation replaces for a while
+    _reset: bool = False  # statistics were forgotten, and no training has begun since
+    _warned: bool = False  # whether the warning of a commit that never comes was given
 
     # -- buffers -----------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Put beside torch's buffers what these statistics need: nothing is pending or skipped."""
-        batches = self.num_batches_tracked
-        skipped = torch.zeros(
-            (), dtype=torch.int64, device=None if batches is None else batches.device
-        )
-        self.register_buffer("_skipped", skipped, persistent=False)
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._place_count()
         self._pending = []
         self._told = False
+        self._usual = self.momentum
         self._options = Options()
+
+    def _place_count(self) -> None:
+        """Keep the count of skipped batches on the device of the statistics.
+
+        It is a tensor, so that counting waits for no device, but no buffer: a buffer has a key in
+        ``functional_call``, is broadcast by DistributedDataParallel, and stays on the meta device
+        where a state dict that lacks it is assigned.
+        """
+        mean = self._buffers.get("running_mean")
+        if mean is not None and mean.device.type != "meta":
+            self._skipped = self._skipped.to(mean.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("_usual", self.momentum)  # not in pickles of 0.1.0
+        counted = self._buffers.pop("_skipped", None)  # a buffer there
+        if counted is not None:
+            self._non_persistent_buffers_set.discard("_skipped")
+            self._skipped = counted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -102,14 +150,13 @@ class RunningStatistics(_BatchNorm):
             self._narrow = fn(torch.empty(0, dtype=self._narrow, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
-        if before["_skipped"].is_meta and not self._skipped.is_meta:  # type: ignore[union-attr]
-            self._skipped.zero_()
+        self._place_count()
         return self
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
         """Take the statistics from ``before`` where they are narrower than float32 now."""
         for name in STATISTICS:
-            now, was = self._buffers[name], before[name]
+            now, was = self._buffers.get(name), before.get(name)
             if now is None or was is None or now.dtype.itemsize >= 4:
                 continue
             self._narrow = now.dtype
@@ -120,13 +167,19 @@ class RunningStatistics(_BatchNorm):
             else:
                 self._buffers[name] = was.to(device=now.device, dtype=torch.float32)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        given = f"{prefix}running_mean" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_statistics(self._buffers)
+        self._place_count()
+        if given:
+            self._pending.clear()  # of the statistics, and the weights, that were replaced
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics, what is pending and what was skipped; not if frozen."""
-        adopted = "_skipped" in self._buffers  # not while torch's constructor runs
+        adopted = "_skipped" in vars(self)  # not while torch's constructor runs
         if adopted and self._options.frozen:
             return  # torch.optim.swa_utils.update_bn resets every batch norm it finds
         super().reset_running_stats()
@@ -134,21 +187,42 @@ class RunningStatistics(_BatchNorm):
             self._skipped.zero_()
             self._pending.clear()
             self._told = False
+            self._reset = True
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation."""
         super().train(mode)
-        if not torch.compiler.is_compiling() and not self._skipped.is_meta:
+        if not mode:
+            self._reset = False
+        if not compiling():
             self._tell_of_skipped()
         return self
 
     def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running mean and variance and the number of batches, past nn.Module's slow attributes."""
+        """Running mean and variance and the number of batches, past nn.Module's slow attributes.
+
+        Where the layer keeps no number (it may be set to None, or deleted) it is 0, and lost.
+
+        Raises:
+            InputError: no number is kept, and training depends on it.
+        """
         own = self._buffers
-        mean, var, batches = own["running_mean"], own["running_var"], own["num_batches_tracked"]
-        if mean is None or var is None or batches is None:
+        mean, var, batches = map(own.get, ("running_mean", "running_var", "num_batches_tracked"))
+        if mean is None or var is None:
             raise AssertionError("asked for statistics that are not tracked")
+        if batches is None:
+            self._refuse_uncounted()
+            batches = torch.zeros((), dtype=torch.int64, device=mean.device)
         return mean, var, batches
+
+    def _refuse_uncounted(self) -> None:
+        """Raise InputError if this forward needs ``num_batches_tracked``, which is None."""
+        learns = self.training and not self._options.frozen
+        if learns and (self.momentum is None or self._options.renorm is not None):
+            what = "momentum=None" if self.momentum is None else "renorm"
+            raise InputError(
+                f"{what} goes by num_batches_tracked, which is None; set it to torch.tensor(0)."
+            )
 
     # -- what is pending ---------------------------------------------------------------------
 
@@ -162,7 +236,7 @@ class RunningStatistics(_BatchNorm):
         return compiling() or graph_task() == NO_GRAPH_TASK
 
     def _observe(self, batch: Moments, out: Tensor) -> None:
-        if self._options.commit == "forward":
+        if self._options.commit == "forward" or self._re_estimates():
             self._write(batch)
         elif compiling():
             # Not as a decorator, which would import the compiler into every process.
@@ -170,18 +244,76 @@ class RunningStatistics(_BatchNorm):
         else:
             self._remember(batch, out)
 
+    def _re_estimates(self) -> bool:
+        """Whether this forward measures the statistics anew, so that no step will follow it.
+
+        None can follow where no gradient is recorded. A validation in train mode by mistake is
+        told by what it leaves alone: who re-estimates forgets the statistics first, or takes the
+        averaging over, by a momentum of None (all batches alike) or 1 (the last one alone).
+        """
+        if torch.is_grad_enabled():
+            return False
+        return self._reset or (self.momentum != self._usual and self.momentum in (None, 1))
+
     def _remember(self, batch: Moments, out: Tensor) -> None:
-        forward = Forward(Moments(*(widest(part.detach()) for part in batch)))
+        forward = Forward(
+            Moments(*(widest(part.detach()) for part in batch)),
+            number=next(_numbers),
+            learning=torch.is_grad_enabled(),
+            recorded=out.requires_grad,
+            version=self._version_of_parameters(),
+        )
+        if forward.learning:
+            self._usual, self._reset = self.momentum, False
+        self._tell_of_no_commit(forward)
         self._pending.append(forward)
-        if out.requires_grad:
-            out.register_hook(forward.mark)  # type: ignore[no-untyped-call]
-        if len(self._pending) == FORGOTTEN:
-            warnings.warn(
-                f"{FORGOTTEN} forwards of a {type(self).__name__} with commit='step' and no "
-                "commit: its running statistics never move. Call truenorm.attach(optimizer, "
-                "model) before training.",
-                stacklevel=2,
-            )
+        if forward.recorded:
+            out.register_hook(lambda _: self._reach(forward))  # type: ignore[no-untyped-call]
+
+    def _reach(self, forward: Forward) -> None:
+        """Take note of a gradient at the output of ``forward``, which a retained graph repeats."""
+        forward.reached_by_gradient = True
+        if forward.forgone:
+            forward.forgone = forward.spent = False
+            self._pending.append(forward)
+
+    def _version_of_parameters(self) -> int | None:
+        held = (self._parameters.get(name) for name in ("weight", "bias"))
+        learning = (p for p in held if p is not None and p.requires_grad and not p.is_inference())
+        return next((p._version for p in learning), None)
+
+    def _tell_of_no_commit(self, now: Forward) -> None:
+        """Warn, once, where a step was taken and nothing committed, or nothing ever is."""
+        if self._warned:
+            return
+        stepped = any(
+            f.reached_by_gradient and not f.spent and f.version not in (None, now.version)
+            for f in self._pending
+        )
+        if not stepped and len(self._pending) + 1 < FORGOTTEN:
+            return
+        self._warned = True
+        what = "a step was taken" if stepped else f"{FORGOTTEN} forwards"
+        warnings.warn(
+            f"{what} of a {type(self).__name__} with commit='step' and no commit: its running "
+            "statistics do not move. Call truenorm.attach(optimizer, model) before training, also "
+            "after either was copied or loaded.",
+            stacklevel=2,
+        )
+
+    def _recognize(self, batch: Moments) -> None:
+        """Within a backward pass: ``batch`` repeats a forward, which has a part in that pass.
+
+        A reentrant checkpoint runs the forward without recording a gradient, as a validation does,
+        and repeats it in the backward pass.
+        """
+        if compiling() or not self.training or graph_task() == NO_GRAPH_TASK:
+            return
+        moments = Moments(*(widest(part.detach()) for part in batch))
+        for forward in self._pending:
+            if not forward.reached_by_gradient and forward.repeated_by(moments):
+                forward.reached_by_gradient = True
+                return
 
     def commit(self) -> None:
         """Write the pooled statistics of the forwards since the last commit, as one batch.
@@ -190,9 +322,7 @@ class RunningStatistics(_BatchNorm):
         step, as a forward for validation has none. With ``ghost`` every group of every forward
         is a group of the one batch.
         """
-        pending, self._pending = self._pending, []
-        if any(forward.reached_by_gradient for forward in pending):
-            pending = [forward for forward in pending if forward.reached_by_gradient]
+        pending = self._take()
         finite = [f.moments for f in pending if self._finite(f.moments)]
         for _ in range(len(pending) - len(finite)):
             self._tally(torch.tensor(False))
@@ -200,21 +330,33 @@ class RunningStatistics(_BatchNorm):
             groups = functional.joined(finite)
             self._write(groups if self._options.ghost is not None else functional.pool(groups))
 
+    def refuse(self) -> None:
+        """Drop what is pending because what came of it was not finite, and count it."""
+        for _ in self._take():
+            self._tally(torch.tensor(False))
+
+    def _take(self) -> list[Forward]:
+        """The forwards that make up the step, and nothing is pending any more."""
+        pending, self._pending = self._pending, []
+        self._reset = False
+        reached = [forward for forward in pending if forward.reached_by_gradient]
+        return reached or pending
+
     def rollback(self, *, spent_only: bool = False) -> int:
         """Drop the statistics of the forwards since the last commit; return how many.
 
         Args:
-            spent_only: only those that gradient has reached, because it is being thrown away.
+            spent_only: only those whose gradient stood in the parameters and is thrown away.
         """
-        kept = [f for f in self._pending if spent_only and not f.reached_by_gradient]
+        kept = []
+        for forward in self._pending:
+            if spent_only and not forward.spent:
+                kept.append(forward)
+            else:
+                forward.forgone = spent_only
         dropped = len(self._pending) - len(kept)
-        self._pending = kept
+        self._pending, self._reset = kept, False
         return dropped
-
-    def refuse(self) -> None:
-        """Drop what is pending because what came of it was not finite, and count it."""
-        for _ in range(self.rollback()):
-            self._tally(torch.tensor(False))
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -275,13 +417,17 @@ class RunningStatistics(_BatchNorm):
         Its variance tells: no value that is not finite leaves it finite. What was broken before
         the batch, by an old checkpoint, is not this batch's doing.
         """
-        mean, var, batches = self._statistics()
-        old_mean, old_var = before.chunk(2)
+        old_var, var = before.chunk(2)[1], self._statistics()[1]
         if bool((torch.isfinite(old_var) & ~torch.isfinite(var)).any()):
-            writable(mean).copy_(old_mean)
-            writable(var).copy_(old_var)
-            batches.sub_(1)
+            self._undo(before)
             self._tally(torch.tensor(False))
+
+    def _undo(self, before: Tensor) -> None:
+        """Restore mean and variance, joined in ``before``, and count a batch less."""
+        mean, var, batches = self._statistics()
+        for now, old in zip((mean, var), before.chunk(2), strict=True):
+            writable(now).copy_(old)
+        batches.sub_(1)
 
     def _finite(self, parts: Moments) -> Tensor:
         """A scalar: all of ``parts`` is finite, also in the dtype of the running statistics."""
@@ -304,7 +450,14 @@ class RunningStatistics(_BatchNorm):
         return int(self._skipped)
 
     def _tally(self, finite: Tensor) -> None:
-        """Count a batch that was not finite; tell of it now if that can be read cheaply."""
+        """Count a batch that was not finite; tell of it now if that can be read cheaply.
+
+        Not in a transform of torch.func or on the meta device, where there is no one number to
+        count with, nor in an exported program, in which no one could ask for the count.
+        """
+        uncounted = torch.compiler.is_exporting() if compiling() else _abstract(finite)
+        if uncounted:
+            return
         self._skipped.add_((~finite).to(device=self._skipped.device, dtype=torch.int64))
         if readable(finite) and not bool(finite):
             self._tell_of_skipped()

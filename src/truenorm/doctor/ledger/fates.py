@@ -137,6 +137,8 @@ class Fates:
         known = self._gradients.get(id(parameter))
         if known is None:
             known = self._gradients[id(parameter)] = Gradient(parameter, self._accumulated)
+        elif self._hooked:
+            known.attach()  # it may have been frozen when the others were hooked
         return known
 
     def _accumulated(self, gradient: Gradient) -> None:

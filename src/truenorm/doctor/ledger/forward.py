@@ -102,7 +102,9 @@ class Gradient:
         self.attach()
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Put the hooks on, once; a parameter that was frozen meanwhile takes none."""
+        if self._handles or not self.parameter.requires_grad:
+            return
         self._handles = [
             self.parameter.register_hook(self._before),  # type: ignore[no-untyped-call]
             self.parameter.register_post_accumulate_grad_hook(self._after),  # type: ignore[no-untyped-call]
@@ -112,6 +114,7 @@ class Gradient:
         """Take them off."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def _before(self, _: Tensor) -> None:
         if self.forwards:
