@@ -401,7 +401,8 @@ def _batch_norms_unlisted(info: Any, dtype: torch.dtype) -> Iterator[Example]:
 
 def _lazy_instance_norms(info: Any, dtype: torch.dtype) -> Iterator[Example]:
     for it in _in_both_modes(info, dtype, partial(info.module_inputs_func, lazy=True)):
-        yield replace(it, name=f"Lazy{it.name}", lazy=True)
+        if not it.unbatched:  # of which torch's lazy layers take the second axis for the channels
+            yield replace(it, name=f"Lazy{it.name}", lazy=True)
 
 
 def _in_both_modes(
