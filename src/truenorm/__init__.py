@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from truenorm.layers.batch_norm import LazyBatchNorm2d as LazyBatchNorm2d
     from truenorm.layers.batch_norm import LazyBatchNorm3d as LazyBatchNorm3d
     from truenorm.layers.conversion import Conversion as Conversion
+    from truenorm.layers.conversion import ConversionWarning as ConversionWarning
     from truenorm.layers.conversion import assert_frozen as assert_frozen
     from truenorm.layers.conversion import convert as convert
     from truenorm.layers.norms import GroupNorm as GroupNorm
@@ -81,6 +82,7 @@ _HOMES = {
     "BatchNorm2d": "layers.batch_norm",
     "BatchNorm3d": "layers.batch_norm",
     "Conversion": "layers.conversion",
+    "ConversionWarning": "layers.conversion",
     "Dataset": "data.datasets",
     "Diagnosis": "doctor.diagnosis",
     "EarlyStopping": "training.stopping",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import warnings
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 
+import foreign as others
 import reference
 import truenorm as tn
 from truenorm.layers.batch_norm import OWN
+from truenorm.layers.foreign import epsilon
 from truenorm.layers.functional import ACTIVATIONS
 from truenorm.layers.running import RunningStatistics
 
@@ -793,7 +797,11 @@ def test_options_can_be_changed_and_are_checked_each_time():
     ("arguments", "message"),
     [
         ({"momentum": 1.5}, r"momentum must lie in \[0, 1\] or be None, got 1\.5"),
-        ({"eps": -1.0}, r"eps must be at least 0, got -1\.0"),
+        ({"eps": -1.0}, r"eps must be a number above 0, got -1\.0"),
+        ({"eps": 0}, "eps must be a number above 0, got 0; the default is 1e-5"),
+        ({"eps": float("nan")}, "eps must be a number above 0, got nan"),
+        ({"eps": "1e-5"}, "eps must be a number above 0, got '1e-5'"),
+        ({"eps": True}, "eps must be a number above 0, got True"),
         ({"ghost": 2.5}, "ghost must be an integer of at least 1 or None, got 2.5"),
         ({"min_count": 1}, "min_count must be an integer of at least 2 or None, got 1"),
         ({"sync": "yes"}, "sync must be True, False or a process group"),
@@ -807,6 +815,72 @@ def test_options_can_be_changed_and_are_checked_each_time():
 def test_bad_options_are_refused_with_their_value(arguments, message):
     with pytest.raises(tn.InputError, match=message):
         tn.BatchNorm1d(4, **arguments)
+
+
+@pytest.mark.parametrize("kind", [tn.BatchNorm2d, tn.BatchNorm, tn.LazyBatchNorm1d])
+@pytest.mark.parametrize("wrong", [0, -1e-5, None])
+def test_eps_is_checked_whenever_it_is_set(kind, wrong):
+    layer = kind(3) if kind is not tn.LazyBatchNorm1d else kind()
+    layer.eps = np.float32(0.25)
+    assert layer.eps == 0.25
+    with pytest.raises(tn.InputError, match="eps must be a number above 0, got"):
+        layer.eps = wrong
+    assert layer.eps == 0.25
+    assert "eps=0.25" in repr(layer)
+
+
+def test_a_new_eps_is_what_the_layer_adds():
+    x = normal(6, 3)
+    layer = tn.BatchNorm1d(3).double()
+    layer.eps = 2.0
+    var, mean = torch.var_mean(x, 0, correction=0)
+    for act in (None, "relu"):
+        layer.act = act
+        y = (x - mean) / (var + 2).sqrt()
+        assert_close(layer(x), y if act is None else y.relu())
+
+
+# -- activations and the converters of others -----------------------------------------------------
+
+CONVERTERS = {
+    "torch's sync": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "torch's fuse": lambda model: fuse_conv_bn_eval(model[0].eval(), model[1].eval()),
+    "detectron2's and timm's": lambda model: others.replace_by_frozen(model[1]),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERTERS.values(), ids=CONVERTERS)
+def test_no_converter_of_others_can_lose_the_activation(convert):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), tn.BatchNorm2d(4, act="relu"))
+    with pytest.raises(
+        tn.InputError, match=r"applies act='relu' after .* truenorm\.convert"
+    ) as told:
+        convert(model)
+    assert "truenorm.fold" in str(told.value)
+    model[1].act = None
+    convert(model)
+
+
+def test_a_layer_with_an_activation_does_all_but_tell_its_eps():
+    layer = tn.BatchNorm2d(4, act="relu", eps=1e-3)
+    assert isinstance(layer, nn.BatchNorm2d)  # loops that freeze or reset batch norms find it
+    assert "eps=0.001" in repr(layer)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert epsilon(twin) == 1e-3
+        twin.act = None
+        assert twin.eps == 1e-3
+    assert "eps" not in dict(inspect.getmembers(layer))
+    layer.eps = 1e-2
+    assert epsilon(layer) == 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_layer_with_an_activation_is_traced_and_exported():
+    layer = tn.BatchNorm2d(4, act="relu").eval()
+    x = normal(2, 4, 3, 3).float()
+    assert_close(torch.jit.trace(layer, x)(x), layer(x))
+    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 @pytest.mark.parametrize(

@@ -123,16 +123,18 @@ class Activated(nn.BatchNorm2d):
 
 @pytest.mark.parametrize(
     ("to", "settings"),
-    [("truenorm", {}), ("sync", {}), ("frozen", {}), ("group", {}), ("ghost", {"ghost": 2}),
-     ("torch", {})],
-)  # fmt: skip
+    [("truenorm", {}), ("sync", {}), ("frozen", {}), ("group", {}), ("ghost", {"ghost": 2})],
+)
 def test_a_subclass_is_left_whole_and_named(to, settings):
     model = nn.Sequential(Activated(3))
     before = model[0](normal(4, 3, 2, 2))
-    table = tn.convert(model, to=to, **settings)
+    with pytest.warns(
+        tn.ConversionWarning, match="1 of 1 .* were left, .*Activated is a class of its own"
+    ):
+        table = tn.convert(model, to=to, **settings)
     assert type(model[0]) is Activated
     assert not table.changed
-    assert "Activated is a class of its own (forward)" in table.left[0].note
+    assert "Activated is a class of its own (forward)" in table.refused[0].note
     assert torch.equal(model[0](normal(4, 3, 2, 2)), before)
 
 
@@ -141,8 +143,10 @@ def test_a_subclass_of_ours_is_left_too():
         pass
 
     model = nn.Sequential(Own(3))
-    assert "Own is a class of its own" in tn.convert(model, to="torch").left[0].note
-    assert "Own is a class of its own" in tn.convert(model, to="frozen").left[0].note
+    for to in ("torch", "frozen"):
+        with pytest.warns(tn.ConversionWarning, match="Own is a class of its own"):
+            assert "Own is a class of its own" in tn.convert(model, to=to).refused[0].note
+    assert tn.convert(nn.Sequential(Activated(3)), to="torch").left[0].note == "is not TrueNorm's"
 
 
 def test_the_model_itself_may_be_the_layer():
@@ -163,15 +167,18 @@ def test_sync_goes_on_and_off():
     assert model[1].sync
     tn.convert(model, to="unsync")
     assert model[1].sync is None
-    assert "not sync" in tn.convert(model, to="torch", where="1").rows[0].note
+    with pytest.warns(tn.ConversionWarning, match="not sync"):
+        tn.convert(model, to="torch", where="1")
 
 
 def test_frozen_and_unfrozen():
     model = trained(convnet())
     expected = copy.deepcopy(model).eval()(X)
     state = copy.deepcopy(model.state_dict())
-    table = tn.convert(model, to="frozen")
+    with pytest.warns(tn.ConversionWarning, match="frozen needs running statistics"):
+        table = tn.convert(model, to="frozen")
     assert [row.layer for row in table.left] == ["8.0", "8.1"]
+    assert [row.layer for row in table.refused] == ["8.1"]
     assert "track_running_stats" in table.left[1].note
     with pytest.raises(AssertionError, match=r"8\.1"):
         tn.assert_frozen(model)
@@ -196,7 +203,8 @@ def test_options_are_set_and_what_torch_cannot_hold_is_said():
     assert "drops ghost" in table.changed[0].note
     assert "drops min_count" in table.changed[0].note
     tn.convert(model, to="truenorm", act="relu", where="1")
-    assert "relu would be lost" in tn.convert(model, to="torch").left[0].note
+    with pytest.warns(tn.ConversionWarning, match="relu would be lost"):
+        tn.convert(model, to="torch")
     assert model[1].act == "relu"
 
 
@@ -213,8 +221,8 @@ def test_batch_to_group_carries_the_affine_map():
     x = normal(4, 8, 3, 3)
     assert torch.equal(model[1](x), reference(x))
     assert repr(model[1]).startswith("GroupNorm(2, 8")
-    left = tn.convert(nn.Sequential(nn.BatchNorm1d(6)), to="group", groups=4).left
-    assert "6 channels do not divide into 4" in left[0].note
+    with pytest.warns(tn.ConversionWarning, match="6 channels do not divide into 4"):
+        tn.convert(nn.Sequential(nn.BatchNorm1d(6)), to="group", groups=4)
     copy.deepcopy(model)
 
 
@@ -286,6 +294,7 @@ def test_lazy_layers_are_converted_lazy():
         ({"to": "per-call"}, "needs the setting example"),
         ({"to": "truenorm", "goast": 3}, "unknown setting 'goast'"),
         ({"to": "truenorm", "ghost": -3}, "ghost must be an integer"),
+        ({"to": "keras", "eps": 0}, "eps must be a number above 0, got 0"),
         ({"to": "torch", "ghost": 3}, "unknown setting 'ghost' of to='torch'; it takes none"),
     ],
 )
@@ -303,3 +312,69 @@ def test_the_table_reads():
         "  1: torch.nn.BatchNorm2d -> truenorm.BatchNorm2d(ghost=8)",
         "  4: torch.nn.BatchNorm2d left as it is; not selected by where",
     ]
+
+
+# -- what is asked and not done -------------------------------------------------------------------
+
+
+def test_what_was_asked_and_not_done_leads_the_table():
+    model = nn.Sequential(Activated(3), nn.BatchNorm2d(3), Activated(4))
+    with pytest.warns(tn.ConversionWarning, match="to='frozen': 2 of 3") as told:
+        table = tn.convert(model, to="frozen")
+    assert len(told) == 1
+    first, second, *_ = str(table).splitlines()
+    assert first == (
+        "2 of 3 normalization layers were left, though asked for: 2 test_conversion.Activated "
+        "(test_conversion.Activated is a class of its own (forward), which converting would drop)"
+    )
+    assert second == "1 of 3 normalization layers converted"
+
+
+def test_a_pattern_that_selects_nothing_is_told():
+    with pytest.warns(tn.ConversionWarning, match="where selects none of the 5"):
+        tn.convert(convnet(), to="frozen", where="encoder")
+
+
+def test_a_model_without_a_norm_is_told():
+    with pytest.warns(tn.ConversionWarning, match="no normalization layer that is known"):
+        tn.convert(nn.Sequential(nn.Linear(3, 3)), to="frozen")
+
+
+class FromScratch(nn.Module):
+    """A norm that is no subclass of torch's, as timm's InplaceAbn and EvoNorm2dB0."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+
+@pytest.mark.parametrize(
+    "moving", [FromScratch(3), nn.InstanceNorm2d(3, track_running_stats=True),
+               nn.LazyInstanceNorm2d(track_running_stats=True)],
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_statistics_that_would_go_on_moving_are_told(moving):
+    model = nn.Sequential(nn.BatchNorm2d(3), moving)
+    with pytest.warns(tn.ConversionWarning, match="no frozen form of: in training they move"):
+        table = tn.convert(model, to="frozen")
+    assert [row.outcome for row in table.rows] == ["changed", "refused"]
+    with pytest.raises(AssertionError, match=f"1: {type(moving).__name__}: keeps running"):
+        tn.assert_frozen(model)
+    tn.assert_frozen(model[:1])
+
+
+@pytest.mark.parametrize("still", [nn.InstanceNorm2d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3)])
+def test_what_has_no_statistics_is_no_cause_for_a_warning(still):
+    model = nn.Sequential(nn.BatchNorm2d(3), still)
+    assert not tn.convert(model, to="frozen").refused
+    tn.assert_frozen(model)
+
+
+def test_what_is_so_already_is_counted_and_no_cause_for_a_warning():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3))
+    tn.convert(model, to="frozen")
+    table = tn.convert(model, to="frozen")
+    assert str(table).startswith("0 of 2 normalization layers converted, 1 so already\n")
+    assert [row.outcome for row in table.rows] == ["already", "unasked"]
+    assert not table.refused

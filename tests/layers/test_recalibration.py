@@ -22,6 +22,7 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import foreign as others
 import patients
 import truenorm as tn
 from states import same_state
@@ -182,7 +183,7 @@ def test_statistics_that_were_poisoned_are_healed():
     assert told.kept
     assert np.isnan(told.before.loss)
     assert (told.rows[0].drift, told.rows[0].note) == (np.inf, "was not finite before")
-    same_statistics(model, by_hand(net(), torch.cat([x[:32], x[64:]])))
+    same_statistics(model, by_hand(net(), x))
 
 
 def test_drift_is_in_running_deviations_and_ratio_of_variances_either_way():
@@ -247,6 +248,17 @@ def test_what_is_frozen_of_ours_is_left():
     before = copy.deepcopy(model[5].state_dict())
     assert reasons(model) == {"5": "is frozen"}
     assert same_state(model[5].state_dict(), before)
+
+
+def test_frozen_norms_of_other_packages_are_left_and_named():
+    x = rows().view(96, 4, 1, 1)
+    model = nn.Sequential(others.FrozenNorm(4), nn.BatchNorm2d(4)).double()
+    kept = copy.deepcopy(model[0].state_dict())
+    told = tn.recalibrate(model, x.split(32))
+    assert told.left == (("0", "is frozen, by its class"),)
+    assert [row.layer for row in told.rows] == ["1"]
+    assert same_state(model[0].state_dict(), kept)
+    assert "0 of 1 batch norms" in str(tn.recalibrate(model[:1], x.split(32)))
 
 
 def test_in_an_eval_model_a_norm_without_gradient_is_frozen_if_others_have_one():
@@ -379,25 +391,77 @@ def test_the_user_says_how_a_batch_is_called():
             loss=lambda out, target: out.square(),
             keep_worse=True,
         )
-        same_statistics(model, by_hand(net(), torch.cat([rows()[:32], rows()[64:]])))
+        same_statistics(model, by_hand(net(), rows()))
 
 
-def test_every_tenth_of_labelled_batches_is_held_out():
-    one, other = net(), net()
+def test_every_tenth_of_labelled_batches_judges_and_is_then_pooled_in():
+    model, judged = net(), net()
     batches = labelled(320)
-    told = tn.recalibrate(one, batches, keep_worse=True)
+    told = tn.recalibrate(model, batches, keep_worse=True)
+    same_statistics(model, by_hand(net(), rows(320)))
+    assert (told.batches, told.examples) == (20, 320)
+    assert [row.values for row in told.rows] == [320, 320]
     held = [4, 14]
-    kept = [x for i, (x, _) in enumerate(batches) if i not in held]
-    same_statistics(one, by_hand(net(), torch.cat(kept)))
-    assert told.batches == 18
+    tn.recalibrate(judged, [x for i, (x, _) in enumerate(batches) if i not in held])
     x, y = (torch.cat(part) for part in zip(*(batches[i] for i in held), strict=True))
-    out = one.eval()(x)
-    assert told.after.examples == 32
-    assert_close(told.after.loss, F.cross_entropy(out, y).item(), **EXACT)
-    assert told.after.accuracy == (out.argmax(1) == y).double().mean()
-    assert told.before.loss != told.after.loss
-    tn.recalibrate(other, batches, held_out=batches[:2], keep_worse=True)
-    same_statistics(other, by_hand(net(), rows(320)))
+    for measured, of in ((told.after, judged), (told.pooled, model)):
+        out = of.eval()(x)
+        assert measured.examples == 32
+        assert_close(measured.loss, F.cross_entropy(out, y).item(), **EXACT)
+        assert measured.accuracy == (out.argmax(1) == y).double().mean()
+    assert len({told.before.loss, told.after.loss, told.pooled.loss}) == 3
+    assert f"then pooled in, and loss {told.pooled.loss:.6g}" in str(told)
+
+
+def test_held_out_batches_of_the_users_are_not_pooled_in():
+    model, batches = net(), labelled(320)
+    told = tn.recalibrate(model, batches[2:], held_out=batches[:2], keep_worse=True)
+    same_statistics(model, by_hand(net(), rows(320)[32:]))
+    assert (told.batches, told.examples, told.pooled) == (18, 288, None)
+    assert "pooled" not in str(told)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 10, 21])
+def test_targets_change_nothing_in_the_statistics(exact, count):
+    torch.manual_seed(3)
+    parts = torch.randn(count * 8, 3, 6, 6).double().split(8)
+    layers = []
+    for channels in (3, 4, 4, 4):
+        layers += [nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    deep = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    bare = copy.deepcopy(deep)
+    batches = [(x, torch.arange(8) % 4) for x in parts]
+    told = tn.recalibrate(deep, batches, exact=exact, keep_worse=True)
+    assert told.pooled is not None
+    plain = tn.recalibrate(bare, parts, exact=exact)
+    assert (told.batches, told.examples) == (plain.batches, plain.examples) == (count, 8 * count)
+    for a, b in zip(deep.state_dict().values(), bare.state_dict().values(), strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_statistics_that_are_refused_are_those_that_were_judged():
+    model, losses = net(), iter([1.0, 2.0])
+    before = copy.deepcopy(model.state_dict())
+    told = tn.recalibrate(model, labelled(), loss=lambda *_: next(losses))
+    assert not told.kept
+    assert (told.batches, told.examples, told.pooled) == (5, 80, None)
+    assert same_state(model.state_dict(), before)
+
+
+def test_what_makes_an_accepted_model_worse_is_not_pooled_in():
+    model, losses, batches = net(), iter([3.0, 2.0, 4.0]), labelled()
+    told = tn.recalibrate(model, batches, loss=lambda *_: next(losses))
+    assert told.kept
+    assert (told.before.loss, told.after.loss, told.pooled) == (3, 2, None)
+    assert (told.batches, told.examples) == (5, 80)
+    assert told.reason.startswith("with the held-out batches pooled in")
+    nine_tenths = torch.cat([x for i, (x, _) in enumerate(batches) if i != 3])
+    same_statistics(model, by_hand(net(), nine_tenths))
+    asked, losses = net(), iter([3.0, 2.0, 4.0])
+    told = tn.recalibrate(asked, batches, loss=lambda *_: next(losses), keep_worse=True)
+    assert told.pooled.loss == 4
+    same_statistics(asked, by_hand(net(), rows()))
 
 
 def test_examples_weigh_alike_in_unequal_batches():
@@ -481,11 +545,14 @@ def test_a_shuffling_loader_repeats_itself_and_keeps_its_state(own):
     model = net()
     before = randoms(), generator and generator.get_state().tolist()
     told = tn.recalibrate(model, loader, keep_worse=True)
-    assert told.passes == 3
+    assert told.passes == 6  # three of them without what is held out
     assert told.after.examples == 12
     assert (randoms(), generator and generator.get_state().tolist()) == before
-    used = torch.cat([x for i, (x, _) in enumerate(loader) if i != 4])
-    same_statistics(model, by_hand(net(), used))
+    same_statistics(model, by_hand(net(), rows()))
+    batches = list(loader)  # as they were drawn each time
+    x, y = batches.pop(4)
+    tn.recalibrate(model, [x for x, _ in batches])
+    assert_close(told.after.loss, F.cross_entropy(model.eval()(x), y).item(), **EXACT)
 
 
 class Stop(BaseException):
@@ -575,7 +642,7 @@ def test_the_result_reads_as_a_table():
     x = torch.tensor([[3.0, 0.0], [5.0, 2.0]]).double()
     text = str(tn.recalibrate(model, [(x, x)], held_out=[(x, x)], keep_worse=True))
     assert text.splitlines() == [
-        "1 of 1 batch norms recalibrated; batches: 1, passes: 1",
+        "1 of 1 batch norms recalibrated; batches: 1, examples: 2, passes: 1",
         "  held out, 2 examples: loss 0 -> 8.58579",
         "  the held-out loss is higher than before; kept as keep_worse=True asks",
         "  layer  mean drift  variance ratio  values",
@@ -655,6 +722,8 @@ def ranks_work(folder, rank):
     if rank:  # the ranks' statistics have come apart
         model(rows(seed=5))
     told = tn.recalibrate(parallel, [x for x, _ in mine], held_out=mine[:1], keep_worse=True)
+    pooled = net()  # one rank has a batch to hold out, the other has none
+    all_told = tn.recalibrate(pooled, mine, keep_worse=True)
     lone = net()
     tn.recalibrate(DistributedDataParallel(lone), [x for x, _ in mine] if rank else [])
     failed = ""
@@ -662,8 +731,9 @@ def ranks_work(folder, rank):
         tn.recalibrate(net(), [rows()] if rank else [None])
     except (RuntimeError, tn.InputError) as error:
         failed = str(error)
+    counted = told.batches, all_told.batches, all_told.examples, all_told.after.examples
     torch.save(
-        (model.state_dict(), told.batches, told.after, lone.state_dict(), failed),
+        (model.state_dict(), counted, told.after, lone.state_dict(), failed, pooled.state_dict()),
         folder / f"{rank}",
     )
     dist.destroy_process_group()
@@ -682,16 +752,18 @@ def test_ranks_with_unequal_shares_have_the_statistics_of_all_data(tmp_path):
     given = [torch.load(tmp_path / f"{rank}", weights_only=False) for rank in range(2)]
     expected = by_hand(net(), rows())
     only = by_hand(net(), rows()[80:])
-    for state, batches, after, lone, _ in given:
+    for state, counted, after, lone, _, pooled in given:
         model = net()
         model.load_state_dict(state)
         same_statistics(model, expected)
-        assert batches == 6
+        assert counted == (6, 6, 96, 16)
         held = [labelled()[i] for i in (0, 5)]
         x, y = (torch.cat(part) for part in zip(*held, strict=True))
         assert_close(after.loss, F.cross_entropy(model.eval()(x), y).item(), **EXACT)
         model.load_state_dict(lone)
         same_statistics(model, only)
+        model.load_state_dict(pooled)
+        same_statistics(model, expected)
     assert given[0][4].startswith("a batch must be a tensor")
     assert given[1][4] == "recalibrate failed on 1 other ranks; nothing was changed."
 

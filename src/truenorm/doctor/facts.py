@@ -19,6 +19,7 @@ from truenorm.calling.flow import Flow, flow_of
 from truenorm.calling.nested import examples_of, tensors_in
 from truenorm.errors import InputError
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.foreign import epsilon
 from truenorm.layers.functional import Moments, moments, valid, wide
 from truenorm.layers.norms import NORMS
 
@@ -57,7 +58,7 @@ class NormFacts:
     @property
     def eps(self) -> float:
         """What it adds to the variance."""
-        return float(self.module.eps)  # type: ignore[arg-type]
+        return float(epsilon(self.module))
 
     @property
     def is_batch(self) -> bool:

@@ -23,6 +23,7 @@ from truenorm.folding.modules import parameter_dtype
 from truenorm.folding.refold import remnant
 from truenorm.folding.wiring import hooks_of
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.foreign import epsilon
 
 INPUT = "(input scaling)"
 _SCALING = {"sub", "rsub", "div", "truediv", "true_divide", "mul", "add", "to", "float", "type"}
@@ -234,7 +235,8 @@ def _as_norm(
     """The norm as an affine map and what follows it, or why it is not that."""
     norm_module: Any = module
     weight, bias = getattr(norm_module, "weight", None), getattr(norm_module, "bias", None)
-    eps = float(getattr(norm_module, "eps", 1e-5))
+    known = isinstance(module, _BatchNorm)
+    eps = float(epsilon(module) if known else getattr(norm_module, "eps", 1e-5))
     affine = of_statistics(norm_module.running_mean, norm_module.running_var, weight, bias, eps)
     named = dict(zip(("input", "mask", "residual"), given[0], strict=False)) | given[1]
     x, residual = next(tensors_in(given)), None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
+from truenorm.layers.attributes import CommitOption, Epsilon, Option, check_eps
 from truenorm.layers.capture import NO_GRAPH_TASK, captured, graph_task, readable, wrapped
+from truenorm.layers.foreign import epsilon
 from truenorm.layers.functional import ACTIVATIONS, Moments, in_rows, widest
 from truenorm.layers.options import Commit, Options
 from truenorm.layers.ranks import Ranks
@@ -29,40 +30,6 @@ OWN = (
     "_warned",
 )  # fmt: skip
 """The attributes of a layer that torch's has not; a pickle of the layer holds them."""
-
-
-class _Option:
-    """One field of a layer's options, as an attribute of the layer."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
-        return self if layer is None else getattr(layer.options, self._name)
-
-    def __set__(self, layer: BatchNorm, value: Any) -> None:
-        layer.adopt(dataclasses.replace(layer.options, **{self._name: value}))
-
-
-class _CommitOption(_Option):
-    """The option ``commit``; called, what is read of it writes what is pending."""
-
-    def __get__(self, layer: BatchNorm | None, owner: type | None = None) -> Any:
-        return self if layer is None else _Commit(layer)
-
-
-class _Commit(str):
-    """The value of a layer's option ``commit``; called, it is :meth:`RunningStatistics.commit`."""
-
-    _layer: RunningStatistics
-
-    def __new__(cls, layer: BatchNorm) -> _Commit:
-        value = super().__new__(cls, layer.options.commit)
-        value._layer = layer
-        return value
-
-    def __call__(self) -> None:
-        RunningStatistics.commit(self._layer)
 
 
 class BatchNorm(RunningStatistics):
@@ -81,7 +48,8 @@ class BatchNorm(RunningStatistics):
 
     Args:
         num_features: C.
-        eps: added to the variance.
+        eps: added to the variance; above 0. It can be set later, and is not told of a layer that
+            applies an activation, so that code which replaces layers cannot lose that silently.
         momentum: weight of the NEW value in the running average (Keras's 0.99 is 0.01 here);
             None for the cumulative average.
         affine: learn ``weight`` and ``bias``.
@@ -176,18 +144,34 @@ class BatchNorm(RunningStatistics):
         )
         self._least = options.min_count or 2
 
-    ghost = _Option()
-    sync = _Option()
-    renorm = _Option()
-    frozen = _Option()
-    act = _Option()
-    min_count = _Option()
-    commit = _CommitOption()  # the method's name, and still callable
+    eps = Epsilon()
+    ghost = Option()
+    sync = Option()
+    renorm = Option()
+    frozen = Option()
+    act = Option()
+    min_count = Option()
+    commit = CommitOption()  # the method's name, and still callable
 
     @property
     def options(self) -> Options:
         """All options; :meth:`adopt` changes them, as does setting one of them by its name."""
         return self._options
+
+    def __dir__(self) -> list[str]:
+        """Without what is not told: torch.jit.trace and inspect read all that is listed."""
+        listed: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in listed if name != "eps" or not self._applied()]
+
+    @property
+    def _eps(self) -> float:
+        """What is added to the variance, past the attribute that may refuse."""
+        eps: float = self.__dict__["eps"]
+        return eps
+
+    def _applied(self) -> str:
+        """What it applies after normalizing, in words; "" for nothing."""
+        return "" if self._options.act is None else f"act={self._options.act!r}"
 
     # -- torch's protocol --------------------------------------------------------------------
 
@@ -313,7 +297,7 @@ class BatchNorm(RunningStatistics):
         if mean.dtype != dtype:
             mean, var = mean.to(dtype), var.to(dtype)
         weight, bias = self._affine_in(dtype)
-        return kernel.by_running(x, (mean, var), (weight, bias), self.eps)
+        return kernel.by_running(x, (mean, var), (weight, bias), self._eps)
 
     def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
@@ -324,11 +308,11 @@ class BatchNorm(RunningStatistics):
             count = part.shape[0] * positions
             dtype = functional.statistics_dtype(x)
             affine = self._affine_in(dtype) if renorm is None else (None, None)
-            out, mean, var = kernel.batch_norm(part, affine, self.eps, again=again)
+            out, mean, var = kernel.batch_norm(part, affine, self._eps, again=again)
             batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
             if renorm is not None:
                 running_mean, running_var, batches = self._statistics()
-                r, d = renorm.correction(batch, (running_mean, running_var), self.eps, batches)
+                r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
                 correction = r[0].to(dtype), d[0].to(dtype)
                 out = functional.renormalize(out, correction, self._affine_in(dtype))
             outs.append(out)
@@ -359,7 +343,7 @@ class BatchNorm(RunningStatistics):
             running_mean, running_var, batches = self._statistics()
             running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
-                correction = self._options.renorm.correction(batch, running, self.eps, batches)
+                correction = self._options.renorm.correction(batch, running, self._eps, batches)
             if self._options.min_count is not None:
                 enough = batch.count >= self._options.min_count
                 mean = torch.where(enough, mean, running[0])
@@ -371,7 +355,7 @@ class BatchNorm(RunningStatistics):
             mean, var = mean[groups], var[groups]
             correction = correction and (correction[0][groups], correction[1][groups])
         affine = self._affine_in(mean.dtype)
-        out = functional.normalize(values, (mean, var), affine, self.eps, correction=correction)
+        out = functional.normalize(values, (mean, var), affine, self._eps, correction=correction)
         out = out.to(x.dtype)
         if self._tracks():
             self._observe(batch.detach(), out)
@@ -457,8 +441,7 @@ def _refuse(layer: _BatchNorm, options: Options) -> None:
             f"momentum must lie in [0, 1] or be None, got {layer.momentum!r}. "
             "Coming from Keras or Flax? Their 0.99 is 0.01 here."
         )
-    if not layer.eps >= 0:
-        raise InputError(f"eps must be at least 0, got {layer.eps!r}.")
+    check_eps(epsilon(layer))
     if not layer.track_running_stats:
         _refuse_without_statistics(options)
     if options.frozen and isinstance(layer.running_mean, UninitializedBuffer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,7 +18,10 @@ from torch.nn.utils import parametrize
 from truenorm.errors import InputError, choose
 from truenorm.layers import batch_norm as layers
 from truenorm.layers import norms
+from truenorm.layers.attributes import check_eps
 from truenorm.layers.batch_norm import BatchNorm
+from truenorm.layers.foreign import epsilon, frozen_statistics, fused, other_statistics, unlike
+from truenorm.layers.fused import Fused, Thawable, fused_class
 from truenorm.layers.options import Options
 from truenorm.layers.per_call import PerCall, count_calls, restart_calls
 from truenorm.layers.ranks import Ranks
@@ -49,6 +53,13 @@ _TO_TRUENORM: dict[type[nn.Module], type[nn.Module]] = {
 _TO_TORCH = {ours: torchs for torchs, ours in _TO_TRUENORM.items() if ours is not BatchNorm}
 
 
+Outcome = Literal["changed", "already", "unasked", "refused"]
+
+
+class ConversionWarning(UserWarning):
+    """Layers were left although :func:`convert` was asked to change them, or there were none."""
+
+
 @dataclass(frozen=True)
 class ConvertedNorm:
     """What became of one layer.
@@ -57,15 +68,21 @@ class ConvertedNorm:
         layer: its dotted name, as in ``named_modules()``; "" is the model itself.
         before: its class and options.
         after: the same afterwards; equal to ``before`` where nothing changed.
-        changed: whether anything did.
+        outcome: "changed"; "already": it was as asked; "unasked": not selected, or of a kind that
+            the target says nothing about; "refused": it was asked, and could not be done.
         note: what could not be carried over, or why nothing changed.
     """
 
     layer: str
     before: str
     after: str
-    changed: bool
+    outcome: Outcome
     note: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything did."""
+        return self.outcome == "changed"
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,33 @@ class Conversion:
         """What was not, with the reason in ``note``."""
         return tuple(row for row in self.rows if not row.changed)
 
+    @property
+    def refused(self) -> tuple[ConvertedNorm, ...]:
+        """What was asked for and could not be done; part of :attr:`left`."""
+        return tuple(row for row in self.rows if row.outcome == "refused")
+
+    @property
+    def shortfall(self) -> str:
+        """What was asked for and is not so, in one sentence; "" if all is."""
+        if not self.rows:
+            return "the model has no normalization layer that is known"
+        if all(row.note == _UNSELECTED for row in self.rows):
+            return f"where selects none of the {len(self.rows)} normalization layers"
+        kinds: dict[tuple[str, str], int] = {}
+        for row in self.refused:
+            kinds[row.before, row.note] = kinds.get((row.before, row.note), 0) + 1
+        if not kinds:
+            return ""
+        listed = "; ".join(f"{n} {kind} ({why})" for (kind, why), n in kinds.items())
+        counted = f"{len(self.refused)} of {len(self.rows)} normalization layers"
+        return f"{counted} were left, though asked for: {listed}"
+
     def __str__(self) -> str:
         head = f"{len(self.changed)} of {len(self.rows)} normalization layers converted"
+        already = sum(row.outcome == "already" for row in self.rows)
+        head += f", {already} so already" if already else ""
+        if self.shortfall:
+            head = f"{self.shortfall}\n{head}"
         lines = [
             f"  {row.layer or '(model)'}: {row.before}"
             + (f" -> {row.after}" if row.changed else " left as it is")
@@ -101,8 +143,28 @@ class Conversion:
         return "\n".join([head, *lines])
 
 
+_UNSELECTED = "not selected by where"
+
+
 class _Unchanged(Exception):
     """A layer stays as it is; the text says why."""
+
+    outcome: Outcome = "unasked"
+
+
+class _Already(_Unchanged):
+    """It is as asked."""
+
+    outcome = "already"
+
+    def __init__(self, why: str = "is so already") -> None:
+        super().__init__(why)
+
+
+class _Refused(_Unchanged):
+    """What was asked cannot be done."""
+
+    outcome = "refused"
 
 
 def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: Any) -> Conversion:
@@ -117,7 +179,7 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
 
             - "truenorm": of a torch.nn norm, TrueNorm's; settings are options of
               :class:`truenorm.BatchNorm`, which layers that are TrueNorm's already take, too.
-            - "torch": of a TrueNorm norm, torch.nn's.
+            - "torch": of a TrueNorm norm, torch.nn's, or the class of another package that it was.
             - "sync", "unsync": statistics pooled over ranks (setting ``group``), or not.
             - "frozen", "unfrozen": statistics and affine map fixed, or learning again.
             - "ghost": statistics of groups of ``ghost`` examples.
@@ -128,6 +190,13 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
             - "keras", "flax": the layers hold numbers written in that framework's convention,
               where momentum weighs the OLD value; put them into torch's. Settings ``momentum``
               and ``eps``, in that convention, are for all layers.
+
+            Norms of other packages are taken by what they are, none is imported: batch and group
+            norms that apply a dropout and an activation of their own afterwards (timm's
+            ``BatchNormAct2d``, ``SyncBatchNormAct``, ``GroupNormAct``) go on applying them, and
+            frozen batch norms (of torchvision, detectron2, timm, transformers) become
+            TrueNorm's with ``frozen=True``. What their forward does is proved on random numbers
+            first. Keys of the state dict stay, and "torch" gives the class back.
         where: which layers: a pattern for dotted names, which means what lies below it, too
             (``"encoder"``, ``"*.bn1"``), several of them, or a function of name and module.
         settings: as ``to`` tells.
@@ -138,13 +207,18 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
     Raises:
         InputError: an unknown target or setting, or a setting outside its range; nothing has been
             changed then.
+
+    Warns:
+        ConversionWarning: layers that ``to`` and ``where`` ask for were left, with their classes
+            and the reasons; or there was nothing to convert at all. What is so already is no cause.
     """
     choose("target", to, get_args(Target))
     _check(to, settings)
     chosen = _selector(where)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, norms.NORMS):
+        known = isinstance(module, norms.NORMS) or frozen_statistics(module)
+        if known or (to == "frozen" and other_statistics(module)):
             names.setdefault(module, []).append(name)
     change = _change(to, settings, model, names)
     rows = []
@@ -152,15 +226,18 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
         before = _described(module)
         try:
             if not any(chosen(name, module) for name in aliases):
-                raise _Unchanged("not selected by where")
+                raise _Unchanged(_UNSELECTED)
             after, note = change(module)
         except _Unchanged as why:
-            rows.append(ConvertedNorm(aliases[0], before, before, False, str(why)))
+            rows.append(ConvertedNorm(aliases[0], before, before, why.outcome, str(why)))
             continue
         shared = f"one layer, also {', '.join(aliases[1:])}" if aliases[1:] else ""
         note = "; ".join(part for part in (note, shared) if part)
-        rows.append(ConvertedNorm(aliases[0], before, after, True, note))
-    return Conversion(model, tuple(rows))
+        rows.append(ConvertedNorm(aliases[0], before, after, "changed", note))
+    done = Conversion(model, tuple(rows))
+    if done.shortfall:
+        warnings.warn(f"to={to!r}: {done.shortfall}.", ConversionWarning, stacklevel=2)
+    return done
 
 
 def _selector(where: Where) -> Callable[[str, nn.Module], bool]:
@@ -196,6 +273,8 @@ def _check(to: Target, settings: dict[str, Any]) -> None:
         raise InputError("to='ghost' needs the setting ghost, the number of examples in a group.")
     if to == "per-call" and "example" not in settings:
         raise InputError("to='per-call' needs the setting example, the arguments of one forward.")
+    if "eps" in settings:
+        check_eps(settings["eps"])
     if to not in _OTHER:
         Options(**_options(to, settings))
 
@@ -265,39 +344,83 @@ def _refuse_subclass(layer: nn.Module, known: Iterable[type[nn.Module]]) -> None
         if kind.__module__.startswith("torch.nn."):
             raise _Unchanged("TrueNorm has no other form of it")
         own = ", ".join(sorted(k for k, v in vars(kind).items() if callable(v))) or "its name"
-        raise _Unchanged(
+        raise _Refused(
             f"{kind.__module__}.{kind.__qualname__} is a class of its own ({own}), which "
             "converting would drop"
         )
 
 
-def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool) -> tuple[str, str]:
-    if not isinstance(layer, _BatchNorm) and (only_options or given):
-        raise _Unchanged("has no running statistics of a batch")
-    present = layer.options if isinstance(layer, BatchNorm) else Options()
-    if isinstance(layer, nn.SyncBatchNorm):
-        present = Options(sync=Ranks(layer.process_group))
-    options = dataclasses.replace(present, **given)
-    if isinstance(layer, BatchNorm) or _kind(layer) in _TO_TORCH:
-        _refuse_subclass(layer, {*_TO_TORCH, BatchNorm})
-        if options == present:
-            raise _Unchanged("is so already")
-    else:
-        _refuse_subclass(layer, _TO_TRUENORM)
-        if only_options and options == present and not isinstance(layer, nn.SyncBatchNorm):
-            raise _Unchanged("is so already")
-    was: type[nn.Module] = type(layer)
-    thawed = present.frozen and not options.frozen
-    if not isinstance(layer, BatchNorm):
-        _become(layer, _TO_TRUENORM.get(_kind(layer), _kind(layer)))
+def _form_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of TrueNorm's that takes the place of ``layer``'s, or is it already."""
+    kind = _kind(layer)
+    if issubclass(kind, Fused) or kind in _TO_TORCH or kind is BatchNorm:
+        return kind
+    frozen = frozen_statistics(layer)
+    if kind not in _TO_TRUENORM and (frozen or fused(layer)):
+        why = unlike(layer)
+        if why:
+            raise _Refused(f"{kind.__module__}.{kind.__qualname__}: {why}")
+        known = (_TO_TRUENORM[base] for base in kind.__mro__ if base in _TO_TRUENORM)
+        ours = layers.BatchNorm2d if frozen else next(known)
+        return fused_class(ours, kind)
+    _refuse_subclass(layer, _TO_TRUENORM)
+    return _TO_TRUENORM[kind]
+
+
+_MOVES = "keeps running statistics that TrueNorm has no frozen form of"
+
+
+def _options_of(layer: nn.Module) -> Options:
+    """What a layer of torch's or another's has of TrueNorm's options."""
     if isinstance(layer, BatchNorm):
-        try:
+        return layer.options
+    if isinstance(layer, nn.SyncBatchNorm):
+        return Options(sync=Ranks(layer.process_group))
+    return Options(frozen=frozen_statistics(layer))
+
+
+def _to_truenorm(layer: nn.Module, given: dict[str, Any], *, only_options: bool) -> tuple[str, str]:
+    frozen = frozen_statistics(layer)
+    if given.get("frozen") and other_statistics(layer):
+        raise _Refused(f"{_MOVES}: in training they move")
+    if not (frozen or isinstance(layer, _BatchNorm)) and (only_options or given):
+        raise _Unchanged("has no running statistics of a batch")
+    if frozen and only_options and "frozen" not in given:
+        raise _Unchanged("is frozen, and takes no statistics of a batch")
+    present = _options_of(layer)
+    options = dataclasses.replace(present, **given)
+    if frozen and only_options and options == present:
+        raise _Already("is frozen already")
+    form = _form_of(layer)
+    as_it_is = form is _kind(layer) or (only_options and not isinstance(layer, nn.SyncBatchNorm))
+    if options == present and as_it_is:
+        raise _Already
+    was, eps = type(layer), epsilon(layer)
+    try:
+        if frozen:
+            check_eps(eps)
+        if form is not _kind(layer):
+            _become(layer, form)
+        if frozen and isinstance(layer, Thawable):
+            layer.take_over(eps)
+        if isinstance(layer, BatchNorm):
             layer.adopt(options)
-        except InputError as why:
-            layer.__class__ = was  # type: ignore[assignment]
-            raise _Unchanged(str(why).rstrip(".")) from None
+    except InputError as why:
+        _return(layer, was)
+        raise _Refused(str(why).rstrip(".")) from None
+    thawed = present.frozen and not options.frozen
     note = "weight and bias are new parameters: give them to the optimizer" if thawed else ""
     return _described(layer), note
+
+
+def _return(layer: nn.Module, was: type[nn.Module]) -> None:
+    """To the class it had before this conversion."""
+    if type(layer) is was:
+        return
+    if isinstance(layer, Thawable):
+        _strip(layer)
+        layer.give_back(keep=False)
+    layer.__class__ = was
 
 
 _LOST = {
@@ -310,33 +433,70 @@ _LOST = {
 
 
 def _to_torch(layer: nn.Module) -> tuple[str, str]:
-    known: dict[type[nn.Module], type[nn.Module]] = {**_TO_TORCH, BatchNorm: nn.SyncBatchNorm}
-    if _kind(layer) in _TO_TRUENORM:
-        raise _Unchanged("is so already")
-    if isinstance(layer, (nn.RMSNorm, norms.RMSNorm)):
+    kind = _kind(layer)
+    if isinstance(layer, norms.RMSNorm):
         raise _Unchanged("torch.nn has no other form of it")
-    _refuse_subclass(layer, known)
+    if not isinstance(layer, (BatchNorm, Fused, *_TO_TORCH)):
+        torchs = kind.__module__.startswith("torch.nn.")
+        raise _Already if torchs else _Already("is not TrueNorm's")
+    if not issubclass(kind, Fused):
+        _refuse_subclass(layer, {*_TO_TORCH, BatchNorm})
     if not isinstance(layer, BatchNorm):
-        _become(layer, known[_kind(layer)])
+        if issubclass(kind, Fused) and not issubclass(kind.original, nn.GroupNorm):
+            raise _Refused("torch.nn has no group norm that applies what this one does")
+        _become(layer, kind.original if issubclass(kind, Fused) else _TO_TORCH[kind])
         return _described(layer), ""
-    options = layer.options
-    if options.act is not None:
-        raise _Unchanged(f"torch.nn's has no activation, and {options.act} would be lost")
-    kind = known[BatchNorm if options.sync else _kind(layer)]
-    if kind is nn.SyncBatchNorm and not options.sync:
-        raise _Unchanged("torch.nn has no batch norm for any number of axes; it is not sync")
+    back, options = _torch_form(layer), layer.options
     lost = [f"drops {n}: {_LOST[n]}" for n in options.set() if n in _LOST]
-    group = options.sync.group if options.sync else None
-    layer.adopt(Options())
-    _narrow_statistics(layer, layer._narrow)
+    still = issubclass(back, _BatchNorm)  # else it is frozen by its class
+    if still:
+        layer.adopt(Options())
+    narrow = layer._narrow
+    _strip(layer)
+    if isinstance(layer, Thawable):
+        layer.give_back(keep=still)
+    _narrow_statistics(layer, narrow)
+    _become(layer, back)
+    if isinstance(layer, nn.SyncBatchNorm):
+        layer.process_group = options.sync.group
+    if options.frozen and still:
+        layer.training = False
+        for parameter in layer.parameters(recurse=False):  # not those of an activation inside
+            parameter.requires_grad_(False)
+    return _described(layer), "; ".join(lost if still else [])
+
+
+def _torch_form(layer: BatchNorm) -> type[nn.Module]:
+    """The class that one of TrueNorm's batch norms had, or torch.nn's in its place."""
+    kind, options = _kind(layer), layer.options
+    plain = nn.SyncBatchNorm if options.sync else _TO_TORCH.get(kind)
+    if issubclass(kind, Fused):
+        original = kind.original
+        if not issubclass(original, _BatchNorm):
+            if options.frozen:
+                return original
+            if layer._applied():
+                raise _Refused(
+                    f"{original.__qualname__}, which it was, is frozen, and torch.nn has none with "
+                    f"{layer._applied()}; convert to='frozen' first"
+                )
+            return plain or nn.BatchNorm2d
+        pools = issubclass(original, nn.SyncBatchNorm)
+        if pools != bool(options.sync):
+            first = "sync" if pools else "unsync"
+            raise _Refused(f"{original.__qualname__}, which it was, needs to={first!r} first")
+        return original
+    if options.act is not None:
+        raise _Refused(f"torch.nn's has no activation, and {options.act} would be lost")
+    if plain is None:
+        raise _Refused("torch.nn has no batch norm for any number of axes; it is not sync")
+    return plain
+
+
+def _strip(layer: BatchNorm) -> None:
+    """Remove what TrueNorm's batch norms have beyond torch's."""
     for name in layers.OWN:
         layer.__dict__.pop(name, None)
-    _become(layer, kind)
-    if isinstance(layer, nn.SyncBatchNorm):
-        layer.process_group = group
-    if options.frozen:
-        layer.eval().requires_grad_(False)
-    return _described(layer), "; ".join(lost)
 
 
 def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
@@ -354,25 +514,25 @@ def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
 def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm):
         raise _Unchanged("is not a batch norm")
-    _refuse_subclass(layer, {*_TO_TRUENORM, *_TO_TORCH, BatchNorm})
-    options = layer.options if isinstance(layer, BatchNorm) else Options()
+    form, options = _form_of(layer), _options_of(layer)
     if options.act is not None or options.frozen:
         what = f"activation {options.act}" if options.act else "frozen affine map"
-        raise _Unchanged(f"group norm has no place for its {what}")
+        raise _Refused(f"group norm has no place for its {what}")
     if isinstance(layer.running_mean, UninitializedBuffer) or isinstance(
         layer.weight, nn.UninitializedParameter
     ):
-        raise _Unchanged("is lazy; its channels are not known before its first forward")
+        raise _Refused("is lazy; its channels are not known before its first forward")
     channels = layer.num_features
     number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
     if not isinstance(number, int) or number < 1 or channels % number:
-        raise _Unchanged(f"its {channels} channels do not divide into {number!r} groups")
+        raise _Refused(f"its {channels} channels do not divide into {number!r} groups")
     for name in (*STATISTICS, "num_batches_tracked"):
         layer._buffers.pop(name, None)
-    batchs = ("num_features", "momentum", "track_running_stats", "process_group")
-    for name in (*batchs, *layers.OWN):
+    torchs = ("num_features", "momentum", "track_running_stats", "process_group")
+    for name in (*torchs, *layers.OWN, "_added"):
         layer.__dict__.pop(name, None)
-    _become(layer, norms.GroupNorm)
+    original = form.original if issubclass(form, Fused) else None
+    _become(layer, fused_class(norms.GroupNorm, original) if original else norms.GroupNorm)
     assert isinstance(layer, nn.GroupNorm)
     layer.num_groups, layer.num_channels = number, channels
     return (
@@ -385,22 +545,23 @@ def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tu
 def _from_convention(layer: nn.Module, settings: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(layer, _BatchNorm):
         raise _Unchanged("is not a batch norm")
-    theirs, eps = settings.get("momentum", layer.momentum), settings.get("eps", layer.eps)
+    before = epsilon(layer)
+    theirs, eps = settings.get("momentum", layer.momentum), settings.get("eps", before)
     if theirs is None:
         raise _Unchanged("its momentum is None, the cumulative average")
     if not 0 <= theirs <= 1:
-        raise _Unchanged(f"momentum must lie in [0, 1], got {theirs!r}")
+        raise _Refused(f"momentum must lie in [0, 1], got {theirs!r}")
     if "momentum" not in settings and theirs <= 0.5:
-        if eps == layer.eps:
-            raise _Unchanged(
+        if eps == before:
+            raise _Already(
                 f"its momentum {theirs!r} reads as torch's already; give momentum= to set it"
             )
         mine = theirs
     else:
         mine = round(1 - theirs, 12)  # 1 - 0.99 is 0.01, not 0.010000000000000009
-    note = f"momentum {layer.momentum!r} -> {mine!r}, eps {layer.eps!r} -> {eps!r}"
-    if (mine, eps) == (layer.momentum, layer.eps):
-        raise _Unchanged("is so already")
+    note = f"momentum {layer.momentum!r} -> {mine!r}, eps {before!r} -> {eps!r}"
+    if (mine, eps) == (layer.momentum, before):
+        raise _Already
     layer.momentum, layer.eps = mine, eps
     return _described(layer), note
 
@@ -432,13 +593,20 @@ def _to_per_call(
 def assert_frozen(model: nn.Module) -> None:
     """Raise AssertionError unless every batch norm of ``model`` is frozen for good.
 
+    What else keeps running variances of channels, as an instance norm can, is not.
+
     Frozen for good: neither ``train()`` nor ``requires_grad_`` nor an optimizer can change its
-    statistics or its affine map, as with ``truenorm.BatchNorm2d(frozen=True)``.
+    statistics or its affine map, as with ``truenorm.BatchNorm2d(frozen=True)`` and with the frozen
+    batch norms of torchvision, detectron2, timm and transformers.
 
     Raises:
         AssertionError: names every layer that could move, and why; or there is no batch norm.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, _BatchNorm) or frozen_statistics(m) or other_statistics(m)
+    }
     if not found:
         raise AssertionError("the model has no batch norm that could be frozen.")
     moving = [f"  {name or '(model)'}: {_why_moving(m)}" for name, m in found.items()]
@@ -451,6 +619,10 @@ def assert_frozen(model: nn.Module) -> None:
 
 
 def _why_moving(layer: nn.Module) -> str:
+    if frozen_statistics(layer):
+        return ""
+    if other_statistics(layer):
+        return f"{type(layer).__name__}: {_MOVES}"
     if isinstance(layer, BatchNorm):
         return "" if layer.frozen else "frozen=False"
     moves = "train mode moves its statistics" if layer.training else "train() would thaw it"

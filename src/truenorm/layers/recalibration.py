@@ -18,6 +18,7 @@ from truenorm.calling.borrowing import Randoms, borrowed, eager, to_eval, unwrap
 from truenorm.calling.call import Arguments, Call, Loss, accuracy_of, loss_of
 from truenorm.calling.nested import examples_of
 from truenorm.errors import InputError
+from truenorm.layers.foreign import epsilon, frozen_statistics
 from truenorm.layers.functional import widest
 from truenorm.layers.ranks import Collective
 from truenorm.layers.settling import (
@@ -73,9 +74,13 @@ class Recalibration:
         model: the model given, changed in place.
         rows: a row for each layer with new statistics, in the order of ``named_modules()``.
         left: the other batch norms.
-        passes: over the data.
-        batches: in one pass, over all ranks, without those held out.
-        before, after: loss and accuracy on the held-out batches; None if there were none.
+        passes: over the data, all or nine tenths of them.
+        batches: that the statistics are of, over all ranks.
+        examples: that the statistics are of, over all ranks.
+        before, after: loss and accuracy on the held-out batches; None if there were none. ``after``
+            is with statistics in which these batches are not.
+        pooled: the same on the same batches with the statistics that the model has now, of these
+            batches, too; None if they are not in them.
         kept: whether the model has the new statistics; if not, all is as it was.
         reason: why they are not kept, or what else is to be known; often empty.
     """
@@ -85,8 +90,10 @@ class Recalibration:
     left: tuple[KeptNorm, ...]
     passes: int
     batches: int
+    examples: int
     before: Measured | None
     after: Measured | None
+    pooled: Measured | None
     kept: bool
     reason: str = ""
 
@@ -94,7 +101,7 @@ class Recalibration:
         done = "recalibrated" if self.kept else "measured and left as they were"
         head = (
             f"{len(self.rows)} of {len(self.rows) + len(self.left)} batch norms {done}; "
-            f"batches: {self.batches}, passes: {self.passes}"
+            f"batches: {self.batches}, examples: {self.examples}, passes: {self.passes}"
         )
         lines = [head, *self._notes()]
         if self.rows:
@@ -122,6 +129,8 @@ class Recalibration:
             parts.append(f"loss {self.before.loss:.6g} -> {self.after.loss:.6g}")
         if self.before.accuracy is not None and self.after.accuracy is not None:
             parts.append(f"accuracy {self.before.accuracy:.2%} -> {self.after.accuracy:.2%}")
+        if self.pooled is not None and self.pooled.loss is not None:
+            parts.append(f"then pooled in, and loss {self.pooled.loss:.6g}")
         if parts:
             notes.insert(0, f"  held out, {self.after.examples} examples: {', '.join(parts)}")
         return notes
@@ -156,11 +165,18 @@ def recalibrate(
     inputs normalized by noisy statistics, the more so the smaller the batches. A single batch
     makes both the same, so that one pass is enough unless a layer is called twice.
 
-    Left alone, with the reason in the result: what is ``frozen=True``; a norm in eval mode within
-    a model in train mode whose affine parameters, if any, need no gradient; within a model in eval
+    Left alone, with the reason in the result: what is ``frozen=True``, and the frozen batch norms
+    of torchvision, detectron2, timm and transformers; a norm in eval mode within a model in train
+    mode whose affine parameters, if any, need no gradient; within a model in eval
     mode, where modes tell nothing, a norm whose affine parameters need no gradient while other
     parameters of the model do; a norm without tracked statistics, or that is never called. A batch
     in which the input of a layer is not finite does not count for that layer.
+
+    Where a tenth of ``data`` is held out, the statistics of the other nine tenths are judged on it.
+    Once they are accepted it is pooled in: statistics are settled again, layer by layer, over all
+    of ``data``, as if nothing had been held out, which takes as many passes again. The loss on the
+    tenth is measured once more then, no longer of data unseen; if it is higher than before
+    recalibration, the accepted statistics of nine tenths stay and ``reason`` says so.
 
     Modes, random states (torch, numpy, Python; those of a DataLoader's own generators), gradients
     and all other buffers are as before, and after any exception so are the statistics, to the bit.
@@ -174,7 +190,7 @@ def recalibrate(
             list, ``max_batches`` long at most.
         held_out: batches with targets, to measure loss and accuracy in eval mode before and
             after. None: if the batches of ``data`` have targets, every tenth of them (at least
-            one, if there are two) is held out for this and not used for the statistics.
+            one, if there are two) is held out for this until the statistics are accepted.
         loss: ``loss(output, target)``, instead of what the output or the target suggests.
         exact: see above.
         max_batches: of ``data``, to use at most; the tenth held out is of these.
@@ -196,10 +212,10 @@ def recalibrate(
     randoms = Randoms(data, held_out)
     with borrowed(inner, randoms, parameters=False) as loan, torch.no_grad(), eager(inner):
         to_eval(inner)
-        batches, holdout = ranks.jointly(
+        every, batches, holdout = ranks.jointly(
             lambda: _divided(data, held_out, max_batches, call, randoms)
         )
-        (total,) = ranks.counts(len(batches))
+        total, whole = ranks.counts(len(batches), len(every))
         if not total:
             raise InputError("recalibrate needs at least one batch, and data has none.")
         watched = any(ranks.counts(holdout is not None))
@@ -210,16 +226,42 @@ def recalibrate(
             )
         old = {layer: running_statistics(layer) for layer in norms}
         settled = converge(call, norms, batches, ranks, total=total, exact=exact)
-        rows = _rows(norms, settled.seen, old, total, left)
         after = _measured(call, holdout, loss, ranks) if watched else None
         kept = keep_worse or not _worse(before, after)
+        pooled, reason, passes = None, _reason(before, after, kept=kept), settled.passes
+        if kept and whole > total:
+            nine_tenths = {layer: running_statistics(layer) for layer in norms}
+            joint = converge(call, norms, every, ranks, total=whole, exact=exact)
+            passes += joint.passes
+            pooled = _measured(call, holdout, loss, ranks)
+            if keep_worse or not _worse(before, pooled):
+                settled, batches, total = joint, every, whole
+            else:
+                _restore(nine_tenths)
+                pooled, reason = None, _NOT_POOLED
+        (examples,) = ranks.counts(batches.examples)
+        rows = _rows(norms, settled.seen, old, total, left)
         written = {row.layer for row in rows}
         loan.keep = {layer for layer, name in norms.items() if kept and name in written}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     left.sort(key=lambda it: order[it.layer])
-    reason = "; ".join(filter(None, (_reason(before, after, kept=kept), _moving(settled))))
-    figures = (tuple(rows), tuple(left), settled.passes, total, before, after)
+    reason = "; ".join(filter(None, (reason, _moving(settled))))
+    figures = (tuple(rows), tuple(left), passes, total, examples, before, after, pooled)
     return Recalibration(model, *figures, kept, reason)
+
+
+_NOT_POOLED = (
+    "with the held-out batches pooled in, their loss would be higher than before: the statistics "
+    "are of the others alone"
+)
+
+
+def _restore(statistics: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> None:
+    for layer, (mean, var) in statistics.items():
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.data.copy_(mean)
+        layer.running_var.data.copy_(var)
 
 
 def _worse(before: Measured | None, after: Measured | None) -> bool:
@@ -257,10 +299,11 @@ def _moving(settled: Convergence) -> str:
 def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[KeptNorm]]:
     """The batch norms to recalibrate with their names, and those to leave."""
     named = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    if not named:
+    others = [name for name, m in model.named_modules() if frozen_statistics(m)]
+    if not named and not others:
         raise InputError("the model has no batch norm, so there is nothing to recalibrate.")
     learns = any(p.requires_grad for p in model.parameters())
-    norms, left = {}, []
+    norms, left = {}, [KeptNorm(name, "is frozen, by its class") for name in others]
     for layer, name in named.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise InputError(
@@ -278,10 +321,14 @@ def _chosen(model: nn.Module) -> tuple[dict[_BatchNorm, str], list[KeptNorm]]:
 
 
 class _Batches:
-    """Some batches of ``source``; each time through begins from the same random state."""
+    """Some batches of ``source``; each time through begins from the same random state.
+
+    ``examples`` are those of the last time through, as far as it has come.
+    """
 
     def __init__(self, source: Iterable[Any], randoms: Randoms, numbers: Collection[int]) -> None:
         self._source, self._randoms, self._numbers = source, randoms, numbers
+        self.examples = 0
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -289,8 +336,11 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         self._randoms.rewind()
         end = max(self._numbers, default=-1) + 1
-        batches = enumerate(itertools.islice(iter(self._source), end))
-        return (batch for number, batch in batches if number in self._numbers)
+        self.examples = 0
+        for number, batch in enumerate(itertools.islice(iter(self._source), end)):
+            if number in self._numbers:
+                self.examples += examples_of(batch)
+                yield batch
 
     def without(self, numbers: Collection[int]) -> tuple[_Batches, _Batches]:
         """Those whose numbers are not in ``numbers``, and the others."""
@@ -328,15 +378,15 @@ def _length(source: Any) -> int | None:
 
 def _divided(
     data: Any, held_out: Any, most: int | None, call: Call, randoms: Randoms
-) -> tuple[_Batches, _Batches | None]:
-    """The batches for the statistics and those held out."""
+) -> tuple[_Batches, _Batches, _Batches | None]:
+    """All batches of ``data``, those for the statistics that are judged, and those held out."""
     batches = _batches(data, most, randoms, "data")
     if held_out is not None:
-        return batches, _batches(held_out, None, randoms, "held_out")
+        return batches, batches, _batches(held_out, None, randoms, "held_out")
     count = len(batches)
     if count < 2 or call.prepare(next(iter(batches))).target is None:
-        return batches, None
-    return batches.without(_tenth(count))
+        return batches, batches, None
+    return batches, *batches.without(_tenth(count))
 
 
 def _tenth(count: int) -> range:
@@ -427,9 +477,10 @@ def _row(
         (widest(a), widest(b)) for a, b in (old, running_statistics(layer))
     )
     mean_dtype = str(old[0].dtype).removeprefix("torch.")
-    drift = (new_mean - mean).abs() / (var + layer.eps).sqrt()
+    eps = epsilon(layer)
+    drift = (new_mean - mean).abs() / (var + eps).sqrt()
     drift = torch.where(new_mean == mean, 0, drift).nan_to_num(nan=math.inf)
-    ratio = (new_var + layer.eps) / (var + layer.eps)
+    ratio = (new_var + eps) / (var + eps)
     ratio = torch.where(new_var == var, 1, torch.maximum(ratio, 1 / ratio)).nan_to_num(nan=math.inf)
     notes = []
     if not bool((torch.isfinite(mean) & torch.isfinite(var)).all()):

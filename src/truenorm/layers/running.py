@@ -69,8 +69,8 @@ _numbers = itertools.count()
 
 
 def _abstract(x: Tensor) -> bool:
-    """Whether ``x`` is no one value: on the meta device, or many in a transform of torch.func."""
-    return x.is_meta or wrapped(x)
+    """Whether ``x`` is no one value: on the meta device, traced, or many in torch.func."""
+    return x.is_meta or wrapped(x) or captured()
 
 
 def writable(statistic: Tensor) -> Tensor:

@@ -91,8 +91,10 @@ def recalibrated(result: Recalibration, out: Path, *, as_json: bool) -> None:
         "out": str(out) if result.kept else None,
         "passes": result.passes,
         "batches": result.batches,
+        "examples": result.examples,
         "before": None if result.before is None else result.before._asdict(),
         "after": None if result.after is None else result.after._asdict(),
+        "pooled": None if result.pooled is None else result.pooled._asdict(),
         "layers": [row._asdict() for row in result.rows],
         "left": [it._asdict() for it in result.left],
     }

@@ -52,6 +52,8 @@ def online_running(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict
 
 def by_running_statistics(model: nn.Module, splits: Splits) -> None:
     """Make batch norms of ``model`` such as train on one example by running statistics."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return  # nothing to convert, which convert would warn of
     convert(model, to="truenorm")
     positions: dict[BatchNorm, int] = {}
 
