@@ -39,9 +39,6 @@ BY_DESIGN = (
 
 # Faults that are known and not mended yet, of the suites' quick part; the test says which are.
 OPEN: tuple[ByDesign, ...] = (
-    ByDesign("torch module_db", r"\w+ / refused / 10, eps=0.0", "eps=0 trains"),
     ByDesign("torch systems", r"BatchNorm2d \(renorm\) / checkpoint.*", "corrected by later ones"),
-    ByDesign("torch systems", r"BatchNorm2d \(act\) / fuse_conv_bn_eval", "drops act"),
-    ByDesign("torch systems", r".* \(act\) / convert_sync_batchnorm", "drops act"),
     ByDesign("torch systems", r".* \(frozen\) / convert_sync_batchnorm", "torch's TypeError"),
 )
