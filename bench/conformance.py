@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
 
 import truenorm
-from conformance.cases import Outcome, outcome, unused
+from conformance.cases import Outcome, run, unused
 from conformance.expected import BY_DESIGN
 from conformance.suites import SUITES, every_case
 
@@ -38,11 +38,8 @@ NAMED = 6  # cases named of those that share a reason
 
 def outcomes() -> list[Outcome]:
     """Every case, run; what torch prints about its own tests is not shown."""
-    found: list[Outcome] = []
     with contextlib.redirect_stderr(io.StringIO()):
-        for case in every_case():
-            found.append(outcome(case, BY_DESIGN))
-    return found
+        return run(every_case(), BY_DESIGN)
 
 
 def table(found: list[Outcome]) -> str:

@@ -48,7 +48,7 @@ def said(outcomes):
 
 @pytest.mark.parametrize("suite", QUICK)
 def test_layers_are_what_others_test_theirs_for(suite):
-    outcomes = cases.run(QUICK[suite](), BY_DESIGN).outcomes
+    outcomes = cases.run(QUICK[suite](), BY_DESIGN)
     assert {it.case.suite for it in outcomes} == {suite}
     failed = [it for it in outcomes if it.state == "failed"]
     wrong = [it for it in failed if not any(fault.fits(it.case) for fault in OPEN)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -136,23 +135,10 @@ def outcome(case: Case, designs: Iterable[ByDesign] = ()) -> Outcome:
     return Outcome(case, "failed", reason)
 
 
-class Ran(NamedTuple):
-    """A suite that was run."""
-
-    outcomes: list[Outcome]
-    seconds: float
-
-    def of(self, state: State) -> list[Outcome]:
-        """The outcomes of that state."""
-        return [it for it in self.outcomes if it.state == state]
-
-
-def run(cases: Iterable[Case], designs: Iterable[ByDesign] = ()) -> Ran:
+def run(cases: Iterable[Case], designs: Iterable[ByDesign] = ()) -> list[Outcome]:
     """Run ``cases`` one after another."""
     designs = tuple(designs)
-    began = time.perf_counter()
-    outcomes = [outcome(case, designs) for case in cases]
-    return Ran(outcomes, time.perf_counter() - began)
+    return [outcome(case, designs) for case in cases]
 
 
 def unused(designs: Iterable[ByDesign], outcomes: Iterable[Outcome]) -> Iterator[ByDesign]:
