@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint zoo recall bench statistics recipes wheel clean
+.PHONY: train test lint zoo recall conformance bench statistics recipes wheel clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -21,6 +21,9 @@ zoo: .venv/ready-dev
 
 recall: .venv/ready-dev
 	$(BIN)/python bench/recall.py
+
+conformance: .venv/ready-dev
+	$(BIN)/python bench/conformance.py
 
 bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py

@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 import truenorm
+from conformance.process import process_left_alone
 
 BATCH = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 OTHERS = ("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm")
@@ -35,25 +35,6 @@ TOLERANCE = {
 WHOLE = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 STEPS = ((1, 0), (-0.5, 1), (0.3, 2))  # scale and shift of the input, one forward after another
-_FLAG = "__allow_nonbracketed_mutation_flag"
-_BACKENDS = torch.backends.disable_global_flags.__globals__
-
-
-@contextmanager
-def process_left_alone():
-    """Undo what importing and building the cases does to the process."""
-    environment, flag = dict(os.environ), _BACKENDS[_FLAG]
-    numpys = np.random.get_state()  # noqa: NPY002  the one that onnx seeds
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        np.random.set_state(numpys)  # noqa: NPY002
-        _BACKENDS[_FLAG] = flag
-        for added in os.environ.keys() - environment.keys():
-            del os.environ[added]
-        os.environ.update(environment)
 
 
 # -- PyTorch's own cases -------------------------------------------------------------------------

@@ -260,7 +260,7 @@ class BatchNorm(RunningStatistics):
                 act = own["_options"].act
                 return out if act is None else ACTIVATIONS[act](out)
         if not isinstance(input, Tensor):
-            return _traced(self, input, mask, residual)
+            return traced(self, input, mask, residual)
         self._check_input_dim(input)
         if mask is not None:
             mask = functional.valid(mask, input)
@@ -536,7 +536,7 @@ def one_value(x: Tensor) -> str:
     )
 
 
-def _traced(layer: nn.Module, input: Any, mask: Any, residual: Any) -> Any:
+def traced(layer: nn.Module, input: Any, mask: Any, residual: Any = None) -> Any:
     """Under torch.fx.symbolic_trace: one call_module node, as for torch's own layers."""
     tracer = getattr(input, "tracer", None)
     if tracer is None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
-from truenorm.layers.batch_norm import BATCH_NORMS
+from truenorm.layers.batch_norm import BATCH_NORMS, traced
 from truenorm.layers.capture import readable
 from truenorm.layers.scripting import Unscriptable
 
@@ -34,6 +34,8 @@ class GroupNorm(Unscriptable, nn.GroupNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input`` (N, C, *S); ``mask`` as for :class:`truenorm.BatchNorm`."""
+        if not isinstance(input, Tensor):
+            return traced(self, input, mask)
         affine = (self.weight, self.bias)
         if mask is None:
             return _by_groups(input, self.num_groups, affine, self.eps)
@@ -98,7 +100,7 @@ def _masked_groups(
 ) -> Tensor:
     mask = functional.valid(mask, input)
     x = functional.wide(torch.where(mask, input, 0))
-    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     grouped, cells = x.reshape(shape), mask.expand(x.shape).reshape(shape)
     normed = functional.standardized(grouped, cells, tuple(range(2, grouped.ndim)), eps)
     return torch.where(mask, _affine(normed.flatten(1, 2), *affine).to(input.dtype), 0)
@@ -109,6 +111,8 @@ class _MaskedInstanceNorm(Unscriptable, _InstanceNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input`` (N, C, *S); ``mask`` as for :class:`truenorm.BatchNorm`."""
+        if not isinstance(input, Tensor):
+            return traced(self, input, mask)
         batched = input.ndim == self._get_no_batch_dim() + 1  # type: ignore[no-untyped-call]
         if mask is not None:
             if self.track_running_stats or not batched:
@@ -179,6 +183,8 @@ class LayerNorm(Unscriptable, nn.LayerNorm):
             mask: bool, True where valid: one value for each normalized vector, (*), or with as
                 many axes as the input. Invalid values are not seen, and zero in the output.
         """
+        if not isinstance(input, Tensor):
+            return traced(self, input, mask)
         if mask is None:
             return self._unmasked(input)
         axes = tuple(range(input.ndim - len(self.normalized_shape), input.ndim))
@@ -241,6 +247,8 @@ class RMSNorm(Unscriptable, nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x`` (N, C, *S); the squares are summed in at least float32."""
+        if not isinstance(x, Tensor):
+            return traced(self, x, mask)
         _check_channels(self, x, self.num_channels)
         axes = tuple(range(1, x.ndim))
         values, count = functional.wide(x), None
