@@ -1,4 +1,4 @@
-"""A forward that depends on size, argument or value: folded right, left, or told to need examples."""
+"""A forward that depends on size, argument or value: folded right, left, or told of."""
 
 from __future__ import annotations
 

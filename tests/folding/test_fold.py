@@ -207,7 +207,8 @@ PASSING = {
     ),
     "a mean": (nn.BatchNorm2d(3), lambda x: x.mean((2, 3)), nn.Linear(3, 4), images()),
     "a reflection": (
-        nn.Conv2d(3, 8, 1), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), nn.BatchNorm2d(8), images(),
+        nn.Conv2d(3, 8, 1), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), nn.BatchNorm2d(8),
+        images(),
     ),
 }  # fmt: skip
 

@@ -98,6 +98,7 @@ class Chaos(nn.Module):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.conv, self.norm, self.steps = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), steps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def test_a_model_that_its_own_rounding_moves_as_far_as_a_fold_could_not_be_prove
 
 
 def test_where_single_precision_is_chaotic_the_proof_is_that_in_double_and_the_noise_is_told():
-    folded = fold(lively(Chaos(14)), images())
+    folded = fold(lively(Chaos(13)), images())
     assert forms(folded) == {"norm": "into producer"}
     assert folded.noise is not None
     assert folded.noise > 0.01
@@ -131,7 +132,7 @@ def test_a_wrong_fold_does_not_pass_in_the_noise(monkeypatch):
         owner.bias.data.add_(0.01)
 
     monkeypatch.setattr(building, "_write", spoil)
-    for steps in (0, 14, 100):
+    for steps in (0, 13, 100):
         folded = fold(lively(Chaos(steps)), images())
         assert not folded.pairs
         assert len(folded.left) == 1

@@ -8,7 +8,6 @@ from truenorm.folding.plan import ChangeSet, planned
 from truenorm.folding.subject import INPUT, UNCALLED, Subject
 
 
-
 def agreed(subjects: Sequence[Subject]) -> tuple[list[ChangeSet], dict[str, str]]:
     """Changes that are right for each example's forward, and the norms that stay with the reasons.
 
@@ -22,7 +21,9 @@ def agreed(subjects: Sequence[Subject]) -> tuple[list[ChangeSet], dict[str, str]
         for part in found:
             if any(_same(part, other) for other in parts):
                 continue
-            why = next(filter(None, (_against(part, j, subjects, plans) for j in _but(i, plans))), "")
+            why = next(
+                filter(None, (_against(part, j, subjects, plans) for j in _but(i, plans))), ""
+            )
             if why:
                 left |= dict.fromkeys(part.norms, why)
             else:

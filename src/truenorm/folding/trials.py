@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from truenorm.calling.nested import mapped, tensors_in
 from truenorm.folding.subject import Subject
 
-Alternatives = Callable[[Tensor], Tensor]
 # Flags that ask for training, of which a model for inference promises nothing.
 _TRAINS = {"train", "training", "is_training", "deterministic"}
 # Public methods whose names say that they change, write or train: they are not called.
-_NOT_CALLED = ("fit", "train", "save", "load", "export", "write", "reset", "set_", "init", "step")
-_NOT_CALLED += ("configure", "generate", "push", "log", "plot", "on_", "freeze", "validation", "test")
+_NOT_CALLED = (
+    *("fit", "train", "validation", "test", "step", "on_", "configure", "reset", "set_", "init"),
+    *("freeze", "save", "load", "export", "write", "push", "log", "plot", "generate"),
+)
 
 
 class Trial(NamedTuple):
@@ -67,9 +68,7 @@ def size_trials(subject: Subject) -> Iterator[list[Trial]]:
     for rows, changes in _CHANGES:
         choices = [axes for axes in _sized_axes(first) if axes] or [()]
         made = [
-            _resized(subject, first, axes, rows, change)
-            for change in changes
-            for axes in choices
+            _resized(subject, first, axes, rows, change) for change in changes for axes in choices
         ]
         yield made
         if choices == [()] and rows == _CHANGES[1][0]:

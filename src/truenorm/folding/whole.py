@@ -29,6 +29,7 @@ from truenorm.folding.trials import Trial
 EXACT = 1e-9  # in float64, from end to end: some thousand roundings of 1e-16, times gains
 _CHAOS = 1e-2  # of the model's own rounding: beyond it a comparison in its dtype says nothing
 _TREMOR = 1e-6  # the same in float64
+_RESTLESS = 100  # times that a fold may move answers as the last digits of weights do
 _SPOILED = 0.01  # of a weight: less than any wrong fold is wrong by
 _CHAOTIC = "the model's own rounding moves its outputs as far as a wrong fold would"
 OVER = "not proved: the time that proofs may take is over"
@@ -218,7 +219,7 @@ class Whole:
         noise, against = _apart(exact, ours), _apart(exact, theirs)
         if not precise <= EXACT:
             tremor = self._tremor(trial)
-            same = None if tremor > _TREMOR else precise <= SLACK * tremor
+            same = None if tremor > _TREMOR else precise <= _RESTLESS * tremor
             if not same:
                 return Seen(same, error, precise, noise)
         usual = max(noise, self._usual_noise)  # one trial's own may be small by chance
@@ -278,9 +279,7 @@ def _told(trial: Trial) -> str:
     return f"with it, the model's outputs are others on {trial.label}"
 
 
-def _apart(
-    exact: list[Tensor] | None, other: list[Tensor] | None, *, every: bool = False
-) -> float:
+def _apart(exact: list[Tensor] | None, other: list[Tensor] | None, *, every: bool = False) -> float:
     """The largest distance of what is real, or of all numbers; infinite where there are none."""
     if exact is None or other is None or len(exact) != len(other):
         return float("inf")

@@ -259,9 +259,7 @@ class Wiring:
             key = holder
         return None
 
-    def _idle(
-        self, holder: str, key: str, module: nn.Module, partner: nn.Module
-    ) -> str | None:
+    def _idle(self, holder: str, key: str, module: nn.Module, partner: nn.Module) -> str | None:
         """A module beside ``key`` that is like ``module`` and was not called."""
         there = self.model.get_submodule(holder)
         listed = isinstance(there, (nn.ModuleList, nn.ModuleDict))
@@ -378,7 +376,7 @@ def _adds_zeros(node: Node) -> bool:
     How much a pad adds is often computed from the size; a dropout that rests can be woken.
     """
     if node.op == "pad":
-        return _argument(node, 2, "mode", "constant") == "constant"
+        return bool(_argument(node, 2, "mode", "constant") == "constant")
     return "dropout" in node.op and bool(_argument(node, 1, "p", 0.5))
 
 
