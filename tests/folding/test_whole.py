@@ -115,6 +115,11 @@ def test_a_model_that_its_own_rounding_moves_as_far_as_a_fold_could_not_be_prove
     assert any("own rounding" in told for told in folded.unproved)
 
 
+def test_chaos_where_nothing_more_precise_runs_could_not_be_proved():
+    folded = fold(lively(Chaos(60)).double(), images().double())
+    assert "could not be proved: the model's own rounding" in reasons(folded)["norm"]
+
+
 def test_where_single_precision_is_chaotic_the_proof_is_that_in_double_and_the_noise_is_told():
     folded = fold(lively(Chaos(13)), images())
     assert forms(folded) == {"norm": "into producer"}

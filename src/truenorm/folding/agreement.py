@@ -17,23 +17,17 @@ def agreed(subjects: Sequence[Subject]) -> tuple[list[ChangeSet], dict[str, str]
     plans = [planned(subject) for subject in subjects]
     parts: list[ChangeSet] = []
     left = _left_in_all([left for _, left in plans])
-    for i, (found, _) in enumerate(plans):
+    for found, _ in plans:
         for part in found:
             if any(_same(part, other) for other in parts):
                 continue
-            why = next(
-                filter(None, (_against(part, j, subjects, plans) for j in _but(i, plans))), ""
-            )
-            if why:
+            told = (_against(part, *one) for one in zip(subjects, plans, strict=True))
+            if why := next(filter(None, told), ""):
                 left |= dict.fromkeys(part.norms, why)
             else:
                 parts.append(part)
     folded = {name for part in parts for name in part.norms}
     return parts, {name: why for name, why in left.items() if name not in folded}
-
-
-def _but(one: int, of: Sequence[object]) -> list[int]:
-    return [i for i in range(len(of)) if i != one]
 
 
 def _left_in_all(lefts: list[dict[str, str]]) -> dict[str, str]:
@@ -47,13 +41,10 @@ def _left_in_all(lefts: list[dict[str, str]]) -> dict[str, str]:
 
 
 def _against(
-    part: ChangeSet,
-    at: int,
-    subjects: Sequence[Subject],
-    plans: Sequence[tuple[list[ChangeSet], dict[str, str]]],
+    part: ChangeSet, subject: Subject, plan: tuple[list[ChangeSet], dict[str, str]]
 ) -> str:
-    """Why a change is wrong in the forward of the example ``at``; "" if it is not."""
-    (found, left), subject = plans[at], subjects[at]
+    """Why a change is wrong in the forward of one example, with its own plan; "" if it is not."""
+    found, left = plan
     if any(_same(part, other) for other in found):
         return ""
     reasons = [why for name in part.norms if (why := left.get(name, UNCALLED)) != UNCALLED]

@@ -29,6 +29,7 @@ from truenorm.folding.proof import prove
 from truenorm.folding.subject import Subject
 from truenorm.folding.whole import Allowance, FoldProgress, Whole
 
+_NAMED = 3  # modules in one line
 FoldObserver = Callable[[FoldProgress], None]
 
 
@@ -164,6 +165,7 @@ def fold(
         observe or (lambda _: None),
     )
     sound = whole.sifted([part for part in parts if not part.fault])
+    changed = whole.changed(sound, methods) if forward_only else ()
     seen = [one for _, one in whole.proved]
     return Folded(
         built(subject, sound),
@@ -173,7 +175,7 @@ def fold(
         noise=max((one.noise for one in seen if one.noise is not None), default=None),
         proved=tuple(dict.fromkeys(label for label, _ in whole.proved)),
         unproved=(*whole.unproved, *_unseen(subjects)),
-        changed=whole.changed(sound, methods) if forward_only else (),
+        changed=changed,
         plan=plan_of(subject, sound),
     )
 
@@ -203,13 +205,18 @@ def _tried(
 def _unseen(subjects: list[Subject]) -> list[str]:
     """What of the forward no example shows, where that can be told."""
     silent = set.intersection(*(set(trials.silent_arguments(subject)) for subject in subjects))
-    told = [f"argument {name}: no example gives it" for name in sorted(silent)]
-    reads = dict.fromkeys(name for subject in subjects for name in trials.readers(subject))
-    return told + [
-        f"{name or 'the model'} reads values of tensors: another value may take another way, which "
-        "only an example of it shows"
-        for name in reads
-    ]
+    readers = dict.fromkeys(name for subject in subjects for name in trials.readers(subject))
+    told = []
+    if silent:
+        told.append(f"argument {' and '.join(sorted(silent))}: no example gives it")
+    if readers:
+        first = ", ".join(name or "(model)" for name in list(readers)[:_NAMED])
+        more = f" and {len(readers) - _NAMED} more" if len(readers) > _NAMED else ""
+        told.append(
+            f"{first}{more}: reads values of tensors, and may take another way for others, which "
+            "only an example of them shows"
+        )
+    return told
 
 
 def _outcome(

@@ -331,8 +331,9 @@ def hooks_of(module: nn.Module) -> bool:
 def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether one could be called in the other's place: norms of a width, weights of a shape."""
     for kind in ("running_mean", "weight"):
-        a, b = (getattr(module, kind, None) for module in (one, other))
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+        held = [getattr(module, kind, None) for module in (one, other)]
+        shapes = [t.shape for t in held if isinstance(t, Tensor) and not nn.parameter.is_lazy(t)]
+        if len(shapes) == 2 and shapes[0] == shapes[1]:
             return kind == "running_mean" or type(one) is type(other)
     return False
 
