@@ -77,14 +77,12 @@ def size_trials(subject: Subject) -> Iterator[list[Trial]]:
     first = next(tensors_in((subject.args, subject.kwargs)), None)
     if first is None or first.ndim < 2:
         return
+    choices = _sized_axes(first)
+    if not choices:
+        yield from ([_resized(subject, first, (), rows, _one_more)] for rows in _ROWS)
+        return
     for rows, changes in _CHANGES:
-        choices = [axes for axes in _sized_axes(first) if axes] or [()]
-        made = [
-            _resized(subject, first, axes, rows, change) for change in changes for axes in choices
-        ]
-        yield made
-        if choices == [()] and rows == _CHANGES[1][0]:
-            return  # rows are all there is to change
+        yield [_resized(subject, first, axes, rows, how) for how in changes for axes in choices]
 
 
 def _one_more(size: int, place: int) -> int:
@@ -108,6 +106,7 @@ def _above(change: Callable[[int, int], int]) -> Callable[[int, int], int]:
     return lambda size, place: change(size, place) + place
 
 
+_ROWS = (3, 1)  # of an example that has no other size
 # Rows, and what becomes of each size: one more of a multiple of 32 is odd at every stride.
 _CHANGES: list[tuple[int, list[Callable[[int, int], int]]]] = [
     (3, [_one_more]),
