@@ -60,7 +60,7 @@ class Sized(nn.Module):
             return self.conv(F.pad(self.norm(x), (0, short, 0, short))).relu()
         if self.way == "pad behind":
             y = self.conv(x)
-            return self.norm(F.pad(y, (0, 1, 0, 1)) if y.shape[-1] % 2 else y).relu()
+            return self.norm(F.pad(y, (0, 1, 0, 1)) if y.shape[-1] % 2 else y).tanh()
         if self.way == "more for large":
             y = self.conv(x)
             return self.norm(self.more(y) if x.shape[-1] > 12 else y).relu()

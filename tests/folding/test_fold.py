@@ -550,11 +550,6 @@ def test_every_module_of_a_folded_model_is_in_the_mode_of_what_it_replaced():
         assert not any(module.training for module in folded.model.modules())
 
 
-def test_no_module_that_does_nothing_stays_beside_an_activation():
-    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8, nn.SiLU())))  # its drop is one
-    assert isinstance(fold(model, images()).model[1], nn.SiLU)
-
-
 def test_channels_last_weights_stay_so():
     model = resnet().to(memory_format=torch.channels_last)
     folded = fold(model, images(4, 3, 12, 12).to(memory_format=torch.channels_last))

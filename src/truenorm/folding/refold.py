@@ -59,7 +59,6 @@ def remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | No
         made.append(ScaleShift(module.running_mean))  # type: ignore[arg-type]
     for what, first, *more in steps:
         made.append(module.get_submodule(first) if what == "child" else Function(first, *more))
-    made = [one for one in made if not isinstance(one, nn.Identity)]
     if activation is not None:
         return Remainder(made, activation or None)
     if not made:
