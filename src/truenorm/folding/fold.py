@@ -171,7 +171,10 @@ def fold(
         built(subject, sound),
         *_outcome(subject, parts, sound, left),
         error=max((one.error for one in seen), default=0.0),
-        exact=max((one.precise for one in seen if one.precise is not None), default=None),
+        exact=max(
+            (one.precise for one in seen if one.precise is not None),
+            default=None if sound else 0.0,
+        ),
         noise=max((one.noise for one in seen if one.noise is not None), default=None),
         proved=tuple(dict.fromkeys(label for label, _ in whole.proved)),
         unproved=(*whole.unproved, *_unseen(subjects)),
