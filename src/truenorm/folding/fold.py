@@ -70,7 +70,7 @@ class Folded:
         error: largest difference of the model's outputs from those of the original, over the
             largest output; in all that it was proved on.
         exact: the same with both in float64, on the examples and random inputs; None if the model
-            does not run in it.
+            does not run in it, 0 if nothing was folded.
         noise: how far rounding alone moves the original's outputs, against float64, on the same.
             Where it is large, ``error`` says nothing, and ``exact`` is the proof.
         proved: what the folded model was compared on: examples, random inputs, other sizes, flags
