@@ -203,13 +203,52 @@ def test_a_factorys_model_is_folded_saved_and_loaded(tmp_path, monkeypatch):
     model = made["make"]()
     folded = tn.load_folded(made["make"](), tmp_path / "f.safetensors")
     torch.testing.assert_close(folded(images()), model(images()))
+    fresh = tn.load_folded(made["make"]().train(), tmp_path / "f.safetensors")
+    assert not any(module.training for m in (folded, fresh) for module in m.modules())
     with pytest.raises(tn.InputError, match="of another model than Linear"):
         tn.load_folded(nn.Linear(2, 2), tmp_path / "f.safetensors")
+
+
+STAGED = """
+from torch import nn
+
+class Staged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        nn.init.uniform_(self.norm.running_mean)
+
+    def features(self, x, mask=None):
+        return self.conv(x)
+
+    def forward(self, x, mask=None):
+        return self.norm(self.features(x)).relu()
+"""
+
+
+def test_the_command_tells_what_it_left_what_it_changed_and_what_it_did_not_prove(tmp_path):
+    (tmp_path / "mine.py").write_text(STAGED)
+    given = ["fold", "mine:Staged", "--shape", "3,9,9"]
+    left = truenorm(*given, where=tmp_path)
+    assert "left: is in train mode" in left.stdout
+    (tmp_path / "mine.py").write_text(STAGED + "\ndef make():\n    return Staged().eval()\n")
+    given[1] = "mine:make"
+    left = truenorm(*given, where=tmp_path)
+    assert "left: with it, the method features is another function" in left.stdout
+    assert "not proved: argument mask: no example gives it" in left.stdout
+    folded = truenorm(*given, "--forward-only", where=tmp_path)
+    assert "1 folded, 0 left" in folded.stdout
+    assert "changed: the method features is another function" in folded.stdout
+    assert "proved on the example, random numbers like the example" in folded.stdout
+    folded = truenorm(*given, "--forward-only", "--seconds", "0", where=tmp_path)
+    assert "1 folded, 0 left" in folded.stdout
+    assert "not proved: features: the time that proofs may take" in folded.stdout
 
 
 @pytest.mark.parametrize(
     ("args", "told"),
     [
+        (["fold", "mine:make", "--shape", "3,9,9", "--seconds", "-1"], "seconds must be 0 or more"),
         (["fold", "mine:make"], "an example is needed"),
         (["fold", "mine:make", "--shape", "3,x"], "--shape must be sizes"),
         (["fold", "mine:make", "--shape", "4,9,9"], "does not run"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import foreign as others
 import truenorm as tn
 from foldable import Heads, images, lively, resnet
 from truenorm.folding.fold import Folded, fold
@@ -205,9 +206,9 @@ PASSING = {
         images(),
     ),
     "a mean": (nn.BatchNorm2d(3), lambda x: x.mean((2, 3)), nn.Linear(3, 4), images()),
-    "dropout at rest": (
-        nn.Linear(6, 8), lambda x: F.dropout(x, 0.5, training=False), nn.BatchNorm1d(8),
-        images(4, 6),
+    "a reflection": (
+        nn.Conv2d(3, 8, 1), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), nn.BatchNorm2d(8),
+        images(),
     ),
 }  # fmt: skip
 
@@ -272,6 +273,25 @@ class FrozenNorm(nn.Module):
 def test_a_norm_of_buffers_alone_is_known_by_what_it_computes():
     model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), FrozenNorm(8)))
     assert forms(fold(model, images())) == {"1": "into producer"}
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.PReLU(8), nn.Identity()])
+def test_a_frozen_norm_with_an_activation_inside_keeps_it(act):
+    frozen = others.FrozenNormAct(8, copy.deepcopy(act))
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), frozen))
+    folded = fold(model, images())
+    assert forms(folded) == {"1": "into producer"}
+    assert type(folded.model[1]) is type(act)
+    same(model, folded, images())
+
+
+@pytest.mark.parametrize("norm", [others.CountedFrozenNorm, others.NumberFrozenNorm])
+def test_frozen_norms_of_other_packages_fold_with_their_own_eps(norm):
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), norm(8)))
+    model[1].running_var.fill_(1e-6)  # where eps counts
+    folded = fold(model, images())
+    assert forms(folded) == {"1": "into producer"}
+    same(model, folded, images())
 
 
 class Wrong(FrozenNorm):
@@ -517,6 +537,17 @@ def test_half_and_double_models_fold_within_their_precision(dtype):
     exact = copy.deepcopy(model).double()(x.double())
     own, new = ((m(x).double() - exact).abs().max() for m in (model, folded.model))
     assert new <= max(4 * own, torch.finfo(dtype).eps * exact.abs().max() * 4)
+
+
+def test_every_module_of_a_folded_model_is_in_the_mode_of_what_it_replaced():
+    model = lively(nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1), NormAct(8, nn.SiLU()),
+        NormRelu(8), tn.BatchNorm2d(8, act="relu"),
+    ))  # fmt: skip
+    scaling = tn.Scaling(torch.zeros(1), torch.ones(1))
+    for folded in (fold(model, images()), fold(model, images(), scaling=scaling)):
+        assert folded.pairs
+        assert not any(module.training for module in folded.model.modules())
 
 
 def test_channels_last_weights_stay_so():

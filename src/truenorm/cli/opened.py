@@ -14,7 +14,7 @@ from truenorm.cli.target import foreign, open_target
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
 from truenorm.folding.export import FORMATS, Exported, export
-from truenorm.folding.fold import Folded, fold
+from truenorm.folding.fold import Folded, FoldObserver, fold
 from truenorm.training.saved import load_model, read_model, write_model
 
 _EXAMPLES = 4  # rows of random inputs of a run's kind; the folded model serves any number
@@ -36,9 +36,18 @@ class Shipment:
     scaling: Scaling | None
     about: dict[str, Any] = field(default_factory=dict)
 
-    def fold(self) -> Folded:
+    def fold(
+        self, *, forward_only: bool, seconds: float | None, observe: FoldObserver | None
+    ) -> Folded:
         """See :func:`truenorm.fold`."""
-        return fold(self.model, self.example, scaling=self.scaling)
+        return fold(
+            self.model,
+            self.example,
+            scaling=self.scaling,
+            forward_only=forward_only,
+            seconds=seconds,
+            observe=observe,
+        )
 
     def export(self, path: Path, *, fold_norms: bool = True) -> Exported:
         """See :func:`truenorm.export`."""

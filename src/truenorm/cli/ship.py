@@ -35,6 +35,8 @@ def fold(
     target: Model,
     *,
     out: Annotated[Path | None, OUT] = None,
+    forward_only: Flag = False,
+    seconds: float | None = None,
     example: ExampleOptions = NO_EXAMPLE,
     json: Json = False,
 ) -> int:
@@ -45,13 +47,17 @@ def fold(
     out
         The .safetensors file for the folded model, which predict and truenorm.load_folded take;
         without it, say what can be folded.
+    forward_only
+        Fold also what makes other functions of the model's other public methods or flags.
+    seconds
+        That the proofs may take; the example is proved in any case, and what was not tried told.
     """
     from truenorm.cli.target import foreign
     from truenorm.report import folding as report
 
     shipment = _opened(target, example, out, "fold")
-    with foreign(f"{target} could not be folded"):
-        folded = shipment.fold()
+    with foreign(f"{target} could not be folded"), report.following(as_json=json) as observe:
+        folded = shipment.fold(forward_only=forward_only, seconds=seconds, observe=observe)
     if out is not None:
         shipment.save(folded, out)
     report.folded(folded, out, as_json=json)

@@ -125,7 +125,9 @@ def export(
     for part in model.modules():
         part.training = False  # a model's own eval() may leave parts in train mode
     whole = model if scaling is None else RawInput(model, scaling.shift, scaling.scale)
-    folded = fold(model, kwargs if kwargs else args, scaling=scaling) if fold_norms else None
+    folded = None
+    if fold_norms:  # a file has no other methods
+        folded = fold(model, kwargs if kwargs else args, scaling=scaling, forward_only=True)
     ready = whole if folded is None else folded.model
     described = {
         **(about or {}),

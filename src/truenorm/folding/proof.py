@@ -1,8 +1,7 @@
-"""The proofs: of each pair, while the original runs, and of the model from end to end."""
+"""The proof of each pair, while the original runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from truenorm.calling.nested import mapped, tensors_in
 from truenorm.folding.affine import Affine, Weighted, rounded
-from truenorm.folding.building import built, fill
+from truenorm.folding.building import fill
 from truenorm.folding.modules import ScaleShift, dtype_of, share_of_shift
 from truenorm.folding.plan import ChangeSet, Destination
-from truenorm.folding.subject import Subject, in_double, seeded
+from truenorm.folding.subject import Subject, seeded
 from truenorm.folding.wiring import parameter_of
 
 # Largest error of an output over the largest output. Beyond it a fold passes if it errs no more
@@ -26,8 +24,7 @@ BOUNDS = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
-_SLACK = 4
-_EXACT = 1e-9  # in float64, from end to end: some thousand roundings of 1e-16, times gains
+SLACK = 4
 _PROVED_ON = 2  # examples of the inputs that a pair is proved on: float64 convolutions are slow
 
 
@@ -140,10 +137,11 @@ def prove(subject: Subject, parts: list[ChangeSet]) -> None:
         seeded(subject.model, subject.scaled(subject.args), subject.kwargs)
     for part in parts:
         for name, affine in part.alone.items():
-            _prove_alone(subject, part, name, affine)
+            if subject.flow.calls_of(name):  # else only another example calls it
+                _prove_alone(subject, part, name, affine)
         kinds = [parameter_of(subject.model, t.weights.weight).dtype for t in part.destinations]
         bound = max((bound_of(kind) for kind in kinds), default=bound_of(dtype_of(subject.model)))
-        if not part.error <= max(bound, _SLACK * part.unfolded):
+        if not part.error <= max(bound, SLACK * part.unfolded):
             part.fault = f"the pair's proof failed: error {part.error:.1e}, allowed {bound:.0e}"
 
 
@@ -168,108 +166,3 @@ def _prove_alone(subject: Subject, part: ChangeSet, name: str, affine: Affine) -
 def bound_of(dtype: torch.dtype) -> float:
     """The largest error that passes without a look at the original's own."""
     return BOUNDS.get(dtype, BOUNDS[torch.float32])
-
-
-class Whole:
-    """The original's outputs, and how far a folded model's are from them."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.inputs = list(_inputs_like(subject))
-        original = built(subject, [])
-        self.outputs = [self._run(original, *given) for given in self.inputs]
-        self.sound = [i for i, out in enumerate(self.outputs) if out is not None]
-        self.exact: list[list[Tensor] | None] | None = None
-        if dtype_of(subject.model) is not torch.float64:
-            exact = self._exactly([])
-            self.exact = exact if exact[0] is not None else None
-
-    def _exactly(self, parts: list[ChangeSet]) -> list[list[Tensor] | None]:
-        """The outputs in float64."""
-        model = built(self.subject, parts, torch.float64)
-        with in_double():
-            return [self._run(model, *_double(given)) for given in self.inputs]
-
-    def _run(self, model: nn.Module, args: Any, kwargs: Any) -> list[Tensor] | None:
-        try:
-            out = seeded(copy.deepcopy(model), args, kwargs)
-        except Exception:  # what does not run on other inputs, or in float64, proves nothing
-            return None
-        return [t for t in tensors_in(out) if t.is_floating_point()]
-
-    def errors(self, parts: list[ChangeSet]) -> tuple[float, float | None, float, float]:
-        """From the original; in float64; against float64, and the original's own against it."""
-        folded = built(self.subject, parts)
-        outs = [self._run(folded, *given) for given in self.inputs]
-        error = max(self._apart(self.outputs[i], outs[i]) for i in self.sound)
-        if self.exact is None:
-            return error, None, error, 0.0
-        exact, wide = self.exact, self._exactly(parts)
-        known = [i for i in self.sound if exact[i] is not None]
-        precise = max(self._apart(exact[i], wide[i]) for i in known)
-        against = max(self._apart(exact[i], outs[i]) for i in known)
-        own = max(self._apart(exact[i], self.outputs[i]) for i in known)
-        return error, precise, against, own
-
-    @staticmethod
-    def _apart(a: list[Tensor] | None, b: list[Tensor] | None) -> float:
-        if a is None or b is None or len(a) != len(b):
-            return float("inf")
-        return max(
-            (distance(x.double(), y.double()) for x, y in zip(a, b, strict=True)), default=0.0
-        )
-
-    def passes(self, parts: list[ChangeSet]) -> bool:
-        """Whether the folded model is the original, but for rounding."""
-        error, precise, against, own = self.errors(parts)
-        if precise is not None and not precise <= _EXACT:
-            return False
-        bound = bound_of(dtype_of(self.subject.model))
-        return error <= bound or against <= max(bound, _SLACK * own)
-
-
-def _double(
-    given: tuple[tuple[Any, ...], dict[str, Any]],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = given
-
-    def wide(t: Tensor) -> Tensor:
-        return t.double() if t.is_floating_point() else t
-
-    return mapped(args, wide), mapped(kwargs, wide)
-
-
-def _inputs_like(subject: Subject) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The example, and two with other real numbers of its mean and spread."""
-    yield subject.args, subject.kwargs
-    generator = torch.Generator().manual_seed(0)
-
-    def other(t: Tensor) -> Tensor:
-        if t.dtype == torch.uint8:
-            made = torch.randint(0, 256, t.shape, generator=generator, dtype=torch.uint8)
-            return made.to(t.device)
-        if not t.is_floating_point() or t.numel() < 2:
-            return t
-        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        values = t.double()
-        return (noise * values.std() + values.mean()).to(t.dtype)
-
-    for _ in range(2):
-        yield mapped(subject.args, other), mapped(subject.kwargs, other)
-
-
-def sifted(whole: Whole, parts: list[ChangeSet]) -> list[ChangeSet]:
-    """The parts that, together, leave the model what it is; halves are tried where all fail."""
-    kept: list[ChangeSet] = []
-
-    def add(group: list[ChangeSet]) -> None:
-        if not group or whole.passes([*kept, *group]):
-            kept.extend(group)
-        elif len(group) == 1:
-            group[0].fault = "with it, the model's outputs are others"
-        else:
-            add(group[: len(group) // 2])
-            add(group[len(group) // 2 :])
-
-    add(parts)
-    return kept

@@ -46,7 +46,7 @@ def refold(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     if plan["raw"] is None:
         return model
     shift, scale = plan["raw"]
-    return RawInput(model, _tensor(shift), _tensor(scale))
+    return in_mode_of(model, RawInput(model, _tensor(shift), _tensor(scale)))
 
 
 def remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | None) -> nn.Module:
@@ -66,9 +66,19 @@ def remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | No
     return made[0] if len(made) == 1 else nn.Sequential(*made)
 
 
+def in_mode_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with those of its modules that are not of ``old`` in the mode of ``old``."""
+    kept = set(old.modules())
+    for module in new.modules():
+        if module not in kept:
+            module.training = old.training
+    return new
+
+
 def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put ``new`` in the place of a module, in all its places; return the model."""
     old = model.get_submodule(name)
+    new = in_mode_of(old, new)
     if old is model:
         return new
     for parent in list(model.modules()):

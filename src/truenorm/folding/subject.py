@@ -23,9 +23,10 @@ from truenorm.folding.modules import parameter_dtype
 from truenorm.folding.refold import remnant
 from truenorm.folding.wiring import hooks_of
 from truenorm.layers.batch_norm import BatchNorm
-from truenorm.layers.foreign import epsilon
+from truenorm.layers.foreign import epsilon, frozen_statistics
 
 INPUT = "(input scaling)"
+UNCALLED = "is not called in the forward of the example"
 _SCALING = {"sub", "rsub", "div", "truediv", "true_divide", "mul", "add", "to", "float", "type"}
 _SCALING |= {"view", "reshape", "getitem", "unsqueeze", "type_as", "expand", "detach", "as_tensor"}
 _ACTIVATIONS = {
@@ -175,15 +176,16 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @torch.no_grad()
-def seeded(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """One forward from the same random numbers each time, on copies that it may write into."""
-    return _run(model, mapped(args, Tensor.clone), mapped(kwargs, Tensor.clone))
+def seeded(model: nn.Module, args: Any, kwargs: Any, method: str = "forward") -> Any:
+    """One call from the same random numbers each time, on copies that it may write into."""
+    return _run(model, mapped(args, Tensor.clone), mapped(kwargs, Tensor.clone), method)
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any) -> Any:
+def _run(model: nn.Module, args: Any, kwargs: Any, method: str = "forward") -> Any:
     with torch.random.fork_rng(), eager(model):
         torch.manual_seed(0)
-        return model(*args, **kwargs)
+        called = model if method == "forward" else getattr(model, method)
+        return called(*args, **kwargs)
 
 
 def normalizes(module: nn.Module) -> bool:
@@ -221,7 +223,7 @@ def _unsound(mean: Tensor, var: Tensor) -> str | None:
 
 def _elsewhere(module: nn.Module, calls: list[ModuleCall]) -> str | None:
     if not calls:
-        return "is not called in the forward of the example"
+        return UNCALLED
     if len(calls) > 1:
         return f"is called {len(calls)} times in a forward"
     if hooks_of(module):
@@ -235,9 +237,8 @@ def _as_norm(
     """The norm as an affine map and what follows it, or why it is not that."""
     norm_module: Any = module
     weight, bias = getattr(norm_module, "weight", None), getattr(norm_module, "bias", None)
-    known = isinstance(module, _BatchNorm)
-    eps = float(epsilon(module) if known else getattr(norm_module, "eps", 1e-5))
-    affine = of_statistics(norm_module.running_mean, norm_module.running_var, weight, bias, eps)
+    moments = norm_module.running_mean, norm_module.running_var
+    affine = of_statistics(*moments, weight, bias, _eps(module))
     named = dict(zip(("input", "mask", "residual"), given[0], strict=False)) | given[1]
     x, residual = next(tensors_in(given)), None
     steps, activation = [], None
@@ -260,6 +261,14 @@ def _as_norm(
     return norm
 
 
+def _eps(module: nn.Module) -> float:
+    """What it adds to the variance; torch's where it cannot be told, and the output decides."""
+    try:
+        return epsilon(module)
+    except Exception:  # of a forward of others that takes no example of one channel
+        return 1e-5
+
+
 def _computes(
     norm: Norm, module: nn.Module, x: Tensor, residual: Tensor | None, out: Tensor
 ) -> bool:
@@ -279,12 +288,15 @@ def _steps(name: str, module: nn.Module, flow: Flow) -> list[Any] | str:
     """What a subclass does behind the normalization: its children, and functions by name."""
     call = flow.calls_of(name)[0]
     inner = [n for n in range(call.first, call.end) if flow.nodes[n].op == "batch_norm"]
-    if len(inner) != 1 or call.output == inner[0]:
+    frozen = frozen_statistics(module)  # by sums and products of its own
+    if (len(inner) != 1 and not frozen) or call.output in inner:
         return []
     steps: list[Any] = []
     at = call.output
-    while at is not None and at != inner[0]:
+    while at is not None and at not in inner:
         node = flow.nodes[at]
+        if frozen and node.module == name and node.op not in _ACTIVATIONS:
+            break
         child = node.module.removeprefix(f"{name}." if name else "").partition(".")[0]
         if node.module == name and node.op in _ACTIVATIONS and len(node.inputs) == 1:
             steps.append(["function", node.op, node.arguments[1:], _serious(node.keywords)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from truenorm.calling.flow import Flow, Node
 _CONVS = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)}
 WEIGHTED = {*_CONVS, "linear"}
 # What moves or averages values without changing what is common to a channel. Whether one does is
-# seen by letting channel numbers pass: zeros that pad, or a dropout at work, show there.
+# seen by letting channel numbers pass: zeros that an average counts show there. Padding by a
+# constant and dropout may do nothing to the example, and something to another input or later.
 _PASSING = {
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"),
     *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT"),
@@ -107,6 +108,7 @@ class Wiring:
         self._names = _same_tensors(self.model)
         self._uses = Counter(name for node in self.flow.nodes for name in set(node.state))
         self._hooked = self._seen_by_hooks()
+        self._called = {self.model.get_submodule(call.module) for call in self.flow.calls}
 
     # -- what is before a norm --------------------------------------------------------------------
 
@@ -143,17 +145,22 @@ class Wiring:
             return Refused(f"its channels are not the output channels of {owner}")
         channels = torch.empty_like(index)
         channels[index] = torch.arange(len(index))
-        return Partner(weights, channels)
+        return self.apart(norm, weights.owner) or Partner(weights, channels)
 
     # -- what is behind a norm --------------------------------------------------------------------
 
     def consumers(self, norm: str) -> list[Partner | Neighbour] | Refused | None:
         """What takes the norm's output; None if that is anything but weights and norms."""
         output = self.calls[norm][0].output
-        return None if output is None else self.takers(output)
+        return None if output is None else self.takers(output, norm)
 
-    def takers(self, value: int) -> list[Partner | Neighbour] | Refused | None:
-        """All weights and norms that take ``value`` (N, C, *S); None if anything else does."""
+    def takers(self, value: int, norm: str = "") -> list[Partner | Neighbour] | Refused | None:
+        """All weights and norms that take ``value`` (N, C, *S); None if anything else does.
+
+        Args:
+            value: what ``norm`` gives.
+            norm: dotted name; "" for the model's input.
+        """
         ends: list[tuple[int | str, list[Node]]] = []
         waiting: list[tuple[int, list[Node]]] = [(value, [])]
         refused: Refused | None = None
@@ -176,8 +183,11 @@ class Wiring:
             return None
         if refused:
             return refused
-        shape = self.flow.nodes[value].shape
-        return self._checked_takers(ends, shape)
+        found = self._checked_takers(ends, self.flow.nodes[value].shape)
+        if isinstance(found, Refused):
+            return found
+        names = [one.norm if isinstance(one, Neighbour) else one.weights.owner for one in found]
+        return next(filter(None, (self.apart(norm, name) for name in names)), found)
 
     def _checked_takers(
         self, ends: list[tuple[int | str, list[Node]]], shape: tuple[int, ...]
@@ -224,6 +234,46 @@ class Wiring:
             return Refused(f"{weights.owner or '(model)'} has no place for a bias")
         return weights
 
+    def apart(self, one: str, other: str) -> Refused | None:
+        """Why two modules may not become one: another could be called in the place of either.
+
+        As ``norms[domain](conv(x))`` does: the example calls one norm of several. Told by an alike
+        module that the example does not call, in the list, dict or module that holds one of the
+        two and not the other.
+        """
+        return self._replaceable(one, other) or self._replaceable(other, one)
+
+    def _replaceable(self, name: str, other: str) -> Refused | None:
+        module, partner = self.model.get_submodule(name), self.model.get_submodule(other)
+        key = name
+        while key:
+            holder, _, key_there = key.rpartition(".")
+            if f"{other}.".startswith(f"{key}."):
+                return None
+            found = self._idle(holder, key_there, module, partner)
+            if found is not None:
+                return Refused(
+                    f"{found}, which the forward of the example does not call, could take the "
+                    f"place of {name}"
+                )
+            key = holder
+        return None
+
+    def _idle(self, holder: str, key: str, module: nn.Module, partner: nn.Module) -> str | None:
+        """A module beside ``key`` that is like ``module`` and was not called."""
+        there = self.model.get_submodule(holder)
+        listed = isinstance(there, (nn.ModuleList, nn.ModuleDict))
+        idle = {
+            name: found
+            for beside, child in there.named_children()
+            if beside != key
+            for name, found in child.named_modules(prefix=f"{holder}.{beside}".strip("."))
+            if found not in self._called and (listed or found is child)
+        }
+        if not listed and any(_alike(found, partner) for found in idle.values()):
+            return None  # a pair of its own
+        return next((name for name, found in idle.items() if _alike(found, module)), None)
+
     def _users(self, value: int) -> list[int | str]:
         users = [self._inside.get(n, n) for n in self.flow.nodes[value].outputs]
         return list(dict.fromkeys(users))
@@ -232,7 +282,7 @@ class Wiring:
         """Why ``value`` must stay what it is, whatever ``user`` makes of it."""
         others = [other for other in self._users(value) if other != user]
         if others:
-            return Refused(f"{self._output_of(value)} is also used by {self._called(others[0])}")
+            return Refused(f"{self._output_of(value)} is also used by {self._user(others[0])}")
         return self._visible(value)
 
     def _visible(self, value: int) -> Refused | None:
@@ -258,7 +308,7 @@ class Wiring:
         node = self.flow.nodes[value]
         return f"the output of {node.module or node.op}"
 
-    def _called(self, user: int | str) -> str:
+    def _user(self, user: int | str) -> str:
         if isinstance(user, str):
             return user
         node = self.flow.nodes[user]
@@ -276,6 +326,16 @@ def parameter_of(model: nn.Module, name: str) -> Tensor:
 def hooks_of(module: nn.Module) -> bool:
     """Whether a forward of ``module`` calls hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether one could be called in the other's place: norms of a width, weights of a shape."""
+    for kind in ("running_mean", "weight"):
+        held = [getattr(module, kind, None) for module in (one, other)]
+        shapes = [t.shape for t in held if isinstance(t, Tensor) and not nn.parameter.is_lazy(t)]
+        if len(shapes) == 2 and shapes[0] == shapes[1]:
+            return kind == "running_mean" or type(one) is type(other)
+    return False
 
 
 def _takes_bias(module: nn.Module, weights: Weights) -> bool:
@@ -303,11 +363,29 @@ def _same_tensors(model: nn.Module) -> Mapping[str, list[str]]:
 def _passes(node: Node) -> bool:
     return (
         node.op in _PASSING
+        and not _adds_zeros(node)
         and node.again is not None
         and not node.state
         and node.dtype is not None
         and node.dtype.is_floating_point
     )
+
+
+def _adds_zeros(node: Node) -> bool:
+    """Whether it may put a constant between the values, if not here, then at another size or mode.
+
+    How much a pad adds is often computed from the size; a dropout that rests can be woken.
+    """
+    if node.op == "pad":
+        return bool(_argument(node, 2, "mode", "constant") == "constant")
+    return "dropout" in node.op and bool(_argument(node, 1, "p", 0.5))
+
+
+def _argument(node: Node, place: int, name: str, default: Any) -> Any:
+    """An argument that is no tensor, by its place or its name."""
+    if len(node.arguments) > place:
+        return node.arguments[place]
+    return node.keywords.get(name, default)
 
 
 def _channel_axis(weights: Weights, shape: tuple[int, ...], ndim: int) -> int:

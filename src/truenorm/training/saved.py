@@ -167,10 +167,10 @@ def load_folded(model: nn.Module, path: Path | str) -> nn.Module:
     if "folded" not in about:
         raise InputError(f"{path}: is not of a folded model; load it with load_state_dict.")
     try:
-        folded = refold(model.eval(), about["folded"])
+        folded = refold(model, about["folded"])
         folded.load_state_dict(tensors)
     except (AttributeError, RuntimeError) as error:
         raise InputError(
             f"{path}: is of another model than {type(model).__name__} ({error})."
         ) from error
-    return folded
+    return folded.eval()
