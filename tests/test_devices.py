@@ -99,7 +99,8 @@ def test_large_means_cost_the_statistics_no_precision(device, shape, rows, mean,
     x = drawn(*shape, device=device, mean=mean, std=std, rows=rows)
     layer(x)
     exact = x.double().movedim(1, 0).flatten(1)
-    assert_close(layer.running_var.double(), exact.var(1), rtol=1e-2, atol=0)
+    rtol = 1e-3 if device.type == "cpu" else 2e-2  # on a GPU it is torch's kernel
+    assert_close(layer.running_var.double(), exact.var(1), rtol=rtol, atol=0)
     assert_close(layer.running_mean.double(), exact.mean(1), rtol=1e-6, atol=1e-2)
 
 
