@@ -39,6 +39,5 @@ BY_DESIGN = (
 
 # Faults that are known and not mended yet, of the suites' quick part; the test says which are.
 OPEN: tuple[ByDesign, ...] = (
-    ByDesign("torch systems", r"BatchNorm2d \(renorm\) / checkpoint.*", "corrected by later ones"),
     ByDesign("torch systems", r".* \(frozen\) / convert_sync_batchnorm", "torch's TypeError"),
 )
