@@ -111,6 +111,31 @@ def test_a_checkpoint_in_a_checkpoint_is_repeated_twice():
     assert_close(again.state_dict(), straight.state_dict())
 
 
+def in_a_compiled_function(layer):
+    return torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend="aot_eager")
+
+
+def around_a_compiled_layer(layer):
+    compiled = torch.compile(layer, backend="aot_eager")
+    return lambda x: checkpoint(compiled, x, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+@pytest.mark.parametrize("way", [in_a_compiled_function, around_a_compiled_layer])
+def test_with_commit_by_step_a_compiled_checkpoint_is_exact_too(way):
+    torch._dynamo.reset()
+    make = functools.partial(tn.BatchNorm1d, 3, dtype=torch.float64, renorm=RISING, commit="step")
+    straight, again = make(), make()
+    run = way(again)
+    for batch in batches(3):
+        x, y = batch.clone().requires_grad_(), batch.clone().requires_grad_()
+        for out in (run(x), straight(y)):
+            out.backward(normal(*out.shape, seed=5))
+        assert_close(x.grad, y.grad)
+        again.commit(), straight.commit()
+    assert_close(again.state_dict(), straight.state_dict())
+
+
 def test_a_batch_that_is_new_within_a_backward_is_corrected_by_what_stands():
     layer = tn.BatchNorm1d(3, dtype=torch.float64, renorm=RISING)
     for batch in batches(4):
