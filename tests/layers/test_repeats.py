@@ -165,11 +165,14 @@ def test_a_layer_that_does_not_go_by_running_statistics_remembers_none(options):
     assert layer._past is None
 
 
-def test_no_more_is_remembered_than_the_last_few():
-    layer = tn.BatchNorm1d(3, renorm=RISING)
-    for batch in itertools.repeat(torch.randn(8, 3), MOST + 5):
+@pytest.mark.parametrize("ghost", [None, 4])
+def test_no_more_is_remembered_than_four_vectors_of_the_last_few(ghost):
+    layer = tn.BatchNorm1d(3, renorm=RISING, ghost=ghost)
+    for batch in itertools.repeat(torch.randn(64, 3), MOST + 5):
         layer(batch)
     assert len(layer._past) == MOST
+    held = [part for seen in layer._past._seen for part in (*seen.moments, *seen.running)]
+    assert sum(part.numel() for part in held) == MOST * (4 * 3 + 2)
 
 
 def through_a_file(layer):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from truenorm.layers.functional import Moments
+from truenorm.layers.functional import Moments, pool
 
 MOST = 32  # forwards between one and its repetition; four small vectors each
 
@@ -22,6 +22,11 @@ def same(one: Moments, other: Moments) -> bool:
         and torch.allclose(a, b, 0, 0, equal_nan=True)
         for a, b in zip(one, other, strict=True)
     )
+
+
+def _all(moments: Moments) -> Moments:
+    """Those of the whole batch, however many groups it has: one row is enough to know it by."""
+    return pool(moments.detach()) if len(moments.mean) > 1 else moments.detach()
 
 
 @dataclass
@@ -50,11 +55,12 @@ class Past:
     def note(self, moments: Moments, running: Running) -> None:
         """Remember a forward, and forget the oldest if there are too many."""
         mean, var, batches = (part.clone() for part in running)
-        self._seen.append(_Seen(moments.detach(), (mean, var, batches)))
+        self._seen.append(_Seen(_all(moments), (mean, var, batches)))
 
     def repeated(self, moments: Moments) -> Running | None:
         """What the forward with these moments went by; None if it is not remembered."""
-        found = [seen for seen in reversed(self._seen) if same(seen.moments, moments.detach())]
+        wanted = _all(moments)
+        found = [seen for seen in reversed(self._seen) if same(seen.moments, wanted)]
         if not found:
             return None
         first = min(found, key=lambda seen: seen.repeated)
