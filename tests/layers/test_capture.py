@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import truenorm as tn
 
 AT_ONCE = tn.Renorm(start=0, rmax_at=0, dmax_at=0)
+RISING = tn.Renorm(rmax=1.5, dmax=0.5, start=0, rmax_at=4, dmax_at=4)
 OPTIONS = [
     {},
     {"ghost": 4},
@@ -63,6 +64,21 @@ def test_it_compiles_whole_and_gives_the_same_numbers(options, masked):
     run = torch.compile(layer, fullgraph=True, backend="aot_eager")
     mask = (some(11, 4),) if masked else ()
     assert_same_training(run, eager, layer, normal(11, 3, 4) * 2 + 1, *mask)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ghost": 4}, {"min_count": 100}, {"momentum": None}], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_backward_corrects_by_what_the_forward_read(options, masked, dynamic):
+    """Before the forward moved it: mean, variance, and the number by which the limits rise."""
+    layer, eager = (tn.BatchNorm2d(4, renorm=RISING, **options).double() for _ in range(2))
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = normal(12, 4, 3, 3).double() * 2 + 1
+    mask = (some(12, 3, 3),) if masked else ()
+    for factor in (1, 2, 0.5):
+        assert_same_training(run, eager, layer, x * factor, *mask)
 
 
 @pytest.mark.parametrize("shape", [(70_001, 3), (33, 2, 50, 50)], ids=str)

@@ -17,7 +17,6 @@ from truenorm.layers.capture import (
     NO_GRAPH_TASK,
     captured,
     graph_task,
-    held,
     readable,
     wrapped,
 )
@@ -34,7 +33,7 @@ _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made
 
 OWN = (
     "_options", "_direct", "_least", "_pending", "_told", "_skipped", "_narrow", "_usual", "_reset",
-    "_warned",
+    "_warned", "_past",
 )  # fmt: skip
 """The attributes of a layer that torch's has not; a pickle of the layer holds them."""
 
@@ -311,25 +310,29 @@ class BatchNorm(RunningStatistics):
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
         positions = x.shape[2:].numel()
+        dtype = functional.statistics_dtype(x)
+        affine = self._affine_in(dtype)
         outs, parts = [], []
         for part in torch.split(x, sizes) if len(sizes) > 1 else [x]:
             count = part.shape[0] * positions
-            dtype = functional.statistics_dtype(x)
-            affine = self._affine_in(dtype) if renorm is None else (None, None)
-            out, mean, var = kernel.batch_norm(part, affine, self._eps, again=again)
-            batch = Moments(mean[None], var[None], mean.new_full((1, 1), count))
-            if renorm is not None:
-                running_mean, running_var, batches = map(held, self._statistics())
-                r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
-                correction = r[0].to(dtype), d[0].to(dtype)
-                out = functional.renormalize(out, correction, self._affine_in(dtype))
+            now = affine if renorm is None else (None, None)
+            out, mean, var = kernel.batch_norm(part, now, self._eps, again=again)
             outs.append(out)
-            parts.append(batch)
+            parts.append(Moments(mean[None], var[None], mean.new_full((1, 1), count)))
+        batch = functional.joined(parts)
+        if renorm is not None:
+            mean, var, batches = self._statistics_for(batch)
+            r, d = renorm.correction(batch, (mean, var), self._eps, batches)
+            corrections = zip(r.to(dtype), d.to(dtype), strict=True)
+            outs = [
+                functional.renormalize(out, correction, affine)
+                for out, correction in zip(outs, corrections, strict=True)
+            ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         if self._tracks():
-            self._observe(functional.joined(parts), out)
+            self._observe(batch, out)
         elif self._pending:
-            self._recognize(functional.joined(parts))
+            self._recognize(batch)
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -348,7 +351,7 @@ class BatchNorm(RunningStatistics):
         var = torch.where(batch.count > 0, batch.var, 1)
         correction = None
         if self.training and self.running_mean is not None:
-            running_mean, running_var, batches = map(held, self._statistics())
+            running_mean, running_var, batches = self._statistics_for(batch)
             running = widest(running_mean), widest(running_var)
             if self._options.renorm is not None:
                 correction = self._options.renorm.correction(batch, running, self._eps, batches)

@@ -21,11 +21,13 @@ from truenorm.layers.capture import (
     captured,
     compiling,
     graph_task,
+    held,
     readable,
     wrapped,
 )
 from truenorm.layers.functional import Moments, widest
 from truenorm.layers.options import Options
+from truenorm.layers.repeats import Past, Running, same
 from truenorm.layers.scripting import Unscriptable
 
 STATISTICS = ("running_mean", "running_var")
@@ -56,13 +58,6 @@ class Forward:
     learning: bool = True
     recorded: bool = True
     version: int | None = None
-
-    def repeated_by(self, moments: Moments) -> bool:
-        """Whether ``moments`` are those of this forward, to the bit."""
-        return all(
-            mine.shape == theirs.shape and torch.allclose(mine, theirs, 0, 0, equal_nan=True)
-            for mine, theirs in zip(self.moments, moments, strict=True)
-        )
 
 
 _numbers = itertools.count()
@@ -113,6 +108,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
     _usual: float | None  # the momentum of training, which a re-estimation replaces for a while
     _reset: bool = False  # statistics were forgotten, and no training has begun since
     _warned: bool = False  # whether the warning of a commit that never comes was given
+    _past: Past | None = None  # of forwards that went by running statistics; in no pickle or copy
 
     # -- buffers -----------------------------------------------------------------------------
 
@@ -136,6 +132,9 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         if mean is not None and mean.device.type != "meta":
             self._skipped = self._skipped.to(mean.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_past"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         vars(self).setdefault("_usual", self.momentum)  # not in pickles of 0.1.0
@@ -151,6 +150,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
         self._place_count()
+        vars(self).pop("_past", None)
         return self
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
@@ -198,7 +198,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
             self._tell_of_skipped()
         return self
 
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _statistics(self) -> Running:
         """Running mean and variance and the number of batches, past nn.Module's slow attributes.
 
         Where the layer keeps no number (it may be set to None, or deleted) it is 0, and lost.
@@ -214,6 +214,25 @@ class RunningStatistics(Unscriptable, _BatchNorm):
             self._refuse_uncounted()
             batches = torch.zeros((), dtype=torch.int64, device=mean.device)
         return mean, var, batches
+
+    def _statistics_for(self, batch: Moments) -> Running:
+        """The statistics by which to correct ``batch`` in training, and the number of batches.
+
+        Within a backward pass those of the forward that is repeated there, if it is remembered:
+        they have moved since.
+        """
+        now = self._statistics()
+        if compiling():
+            mean, var, batches = map(held, now)
+            return mean, var, batches
+        if not readable(batch.mean, any_device=True):
+            return now
+        if self._past is None:
+            self._past = Past()
+        if graph_task() == NO_GRAPH_TASK:
+            self._past.note(batch, now)
+            return now
+        return self._past.repeated(batch) or now
 
     def _refuse_uncounted(self) -> None:
         """Raise InputError if this forward needs ``num_batches_tracked``, which is None."""
@@ -316,7 +335,7 @@ class RunningStatistics(Unscriptable, _BatchNorm):
             return
         moments = Moments(*(widest(part.detach()) for part in batch))
         for forward in self._pending:
-            if not forward.reached_by_gradient and forward.repeated_by(moments):
+            if not forward.reached_by_gradient and same(forward.moments, moments):
                 forward.reached_by_gradient = True
                 return
 
