@@ -20,8 +20,8 @@ from truenorm.folding.subject import Subject
 _TRAINS = {"train", "training", "is_training", "deterministic"}
 # Public methods whose names say that they change, write or train: they are not called.
 _NOT_CALLED = (
-    "fit", "train", "validation", "test", "step", "on_", "configure", "reset", "set_", "init", "freeze",
-    "prune", "get_", "save", "load", "export", "write", "push", "log", "plot", "generate",
+    "fit", "train", "validation", "test", "step", "on_", "configure", "reset", "set_", "init",
+    "freeze", "prune", "get_", "save", "load", "export", "write", "push", "log", "plot", "generate",
 )  # fmt: skip
 
 
