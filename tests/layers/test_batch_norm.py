@@ -857,7 +857,7 @@ def test_a_layer_with_an_activation_does_all_but_tell_its_eps():
     assert epsilon(layer) == 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_layer_with_an_activation_is_traced_and_exported():
     layer = tn.BatchNorm2d(4, act="relu").eval()

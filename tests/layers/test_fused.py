@@ -432,7 +432,7 @@ def test_it_is_copied_and_pickled_with_its_way_back():
     assert type(twin[0]) is others.BatchNormAct
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_it_compiles_exports_and_traces():
     model = tn.convert(net()[:3], to="truenorm").model.eval()

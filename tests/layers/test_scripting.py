@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import truenorm as tn
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
 
 
 def images(seed=0):
