@@ -10,14 +10,6 @@ import foreign as others
 import truenorm as tn
 from truenorm.layers.foreign import epsilon, frozen_statistics, fused
 
-FROZEN = [
-    others.FrozenNorm,
-    others.KernelFrozenNorm,
-    others.CountedFrozenNorm,
-    others.NumberFrozenNorm,
-    others.FrozenNormAct,
-]
-
 
 class Whitened(nn.Module):
     """Statistics, but learned: not frozen."""
@@ -29,7 +21,7 @@ class Whitened(nn.Module):
         self.register_buffer("running_var", torch.ones(3))
 
 
-@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("kind", others.FROZEN)
 def test_a_frozen_norm_is_known_by_its_buffers(kind):
     assert frozen_statistics(kind(3))
 

@@ -206,16 +206,7 @@ def filled(norm):
     return norm
 
 
-FROZEN = [
-    others.FrozenNorm,
-    others.KernelFrozenNorm,
-    others.CountedFrozenNorm,
-    others.NumberFrozenNorm,
-    others.FrozenNormAct,
-]
-
-
-@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("kind", others.FROZEN)
 def test_a_frozen_norm_of_others_becomes_ours_and_goes_back(kind):
     model = nn.Sequential(filled(kind(CHANNELS)))
     if kind is others.FrozenNormAct:
@@ -241,7 +232,7 @@ def test_a_frozen_norm_of_others_becomes_ours_and_goes_back(kind):
     assert torch.equal(model(x), kept(x))
 
 
-@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("kind", others.FROZEN)
 def test_a_frozen_norm_of_others_loads_states_with_and_without_a_counter(kind):
     model = nn.Sequential(filled(kind(CHANNELS)))
     kept = copy.deepcopy(model)

@@ -155,3 +155,12 @@ class ActivationGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(super().forward(x))
+
+
+FROZEN = [
+    FrozenNorm,
+    KernelFrozenNorm,
+    CountedFrozenNorm,
+    NumberFrozenNorm,
+    FrozenNormAct,
+]

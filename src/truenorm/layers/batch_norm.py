@@ -395,7 +395,17 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     _axes = (5,)
 
 
-class _Lazy(_LazyNormBase, BatchNorm):
+class LazyChannels(_LazyNormBase):
+    """Finds the number of channels at the first forward, also if it has no tensor to make."""
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from ``input``, though there be nothing to make of it."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        super().initialize_parameters(input)
+        self.num_features = input.shape[1]
+
+
+class _Lazy(LazyChannels, BatchNorm):
     """Finds the number of channels at the first forward, and then becomes its plain class."""
 
     def __init__(  # noqa: PLR0917  as torch's
@@ -414,12 +424,6 @@ class _Lazy(_LazyNormBase, BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.adopt(Options(**options))
-
-    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
-        """Take the number of channels from ``input``, though there be nothing to make of it."""
-        self._check_input_dim(input)
-        super().initialize_parameters(input)
-        self.num_features = input.shape[1]
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._axes:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from truenorm.errors import InputError
 from truenorm.layers import functional, kernel
-from truenorm.layers.batch_norm import BATCH_NORMS, traced
+from truenorm.layers.batch_norm import BATCH_NORMS, LazyChannels, traced
 from truenorm.layers.capture import readable
 from truenorm.layers.scripting import Unscriptable
 
@@ -142,16 +141,14 @@ class InstanceNorm3d(_MaskedInstanceNorm, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with a mask."""
 
 
-class _Lazy(_LazyNormBase, _MaskedInstanceNorm):
-    """Finds the number of channels at the first forward, and then becomes its plain class."""
+class _Lazy(LazyChannels, _MaskedInstanceNorm):
+    """Becomes its plain class at the first forward, which may be of one example."""
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
-        """Take the number of channels from ``input``, though there be nothing to make of it."""
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        """Take the number of channels from ``input``, with or without an axis of examples."""
         if input.ndim == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
             input = input.unsqueeze(0)
         super().initialize_parameters(input)
-        self.num_features = input.shape[1]
 
 
 class LazyInstanceNorm1d(_Lazy, InstanceNorm1d):
