@@ -311,6 +311,15 @@ def _cut(data: Any, valid: float, seed: int) -> tuple[Any, Any]:
     return first, last
 
 
+def batches_of(data: Any, size: int) -> Iterable[Any]:
+    """The batches of a loader as they are, or those of a data set in order.
+
+    Raises:
+        InputError: ``data`` are nothing such.
+    """
+    return _loader(part_of(data), size, None)
+
+
 def _loader(part: Any, size: int, generator: torch.Generator | None) -> Iterable[Any]:
     """``part`` in batches; a data set in an order of the ``generator``'s, or its own."""
     if isinstance(part, IterableDataset):
