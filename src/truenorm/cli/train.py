@@ -33,8 +33,20 @@ class NewRun:
         ),
     ] = "mnist"
     target: Label = None
-    model: Annotated[str, _help("mlp, convnet, resnet or transformer.")] = "mlp"
-    norm: Annotated[str, _help("none, batch, layer, group, instance or rms.")] = "batch"
+    model: Annotated[
+        str,
+        _help(
+            "mlp, convnet, resnet or transformer; or a function of your own that builds a model, "
+            "as package.module:factory."
+        ),
+    ] = "mlp"
+    norm: Annotated[
+        str | None,
+        _help(
+            "none, batch, layer, group, instance or rms; by default batch, and in a model of your "
+            "own what is there."
+        ),
+    ] = None
     norm_position: Annotated[
         str, _help("before or after the activation (transformer: pre-norm or post-norm).")
     ] = "before"
@@ -56,11 +68,12 @@ class NewRun:
         Raises:
             InputError: there is none such.
         """
+        from truenorm.factories import is_factory
         from truenorm.models import ModelSpec
 
         return ModelSpec(
-            name=self.model,  # type: ignore[arg-type]  # checked there
-            norm=self.norm,  # type: ignore[arg-type]
+            name=self.model,  # checked there
+            norm=self.norm or ("own" if is_factory(self.model) else "batch"),  # type: ignore[arg-type]
             norm_position=self.norm_position,  # type: ignore[arg-type]
             widths=widths_of(self.widths),
             dropout=self.dropout,

@@ -581,7 +581,7 @@ def _to_kind(layer: nn.Module, to: str, groups: Groups) -> tuple[str, str]:
     if isinstance(layer, nn.GroupNorm):
         layer.num_groups, layer.num_channels = number, channels
     elif to == "rms":
-        layer.num_channels = channels
+        layer.num_channels = channels  # type: ignore[assignment]
         layer._parameters.pop("bias", None)
         lost = "bias, running statistics and momentum have"
     described = f"{_described(layer)}({number})" if kind is norms.GroupNorm else _described(layer)

@@ -44,12 +44,13 @@ def _introduce(console: Console, job: Job) -> None:
     smoothing = config.label_smoothing
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
+    norm = "its own norms" if spec.norm == "own" else f"norm {spec.norm}"
     console.print(
         f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
         f"test examples of {shape}, {len(splits.classes)} classes"
     )
     console.print(
-        f"{spec.name}, norm {spec.norm}; {job.request.recipe} recipe: {config.optimizer} "
+        f"{spec.name}, {norm}; {job.request.recipe} recipe: {config.optimizer} "
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
         f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
     )

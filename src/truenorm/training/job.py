@@ -13,10 +13,11 @@ from torch import nn
 from truenorm.data import sources
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError
+from truenorm.factories import is_factory
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
 from truenorm.training.devices import device_of, threads
-from truenorm.training.fit import fit
+from truenorm.training.fit import check_head, fit
 from truenorm.training.history import History, Observer
 from truenorm.training.judgement import Judgement, judge
 from truenorm.training.run import Request, Run
@@ -157,7 +158,9 @@ def start(
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
     splits = sources.load(data, target=target, seed=changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
-    build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    model = build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    if is_factory(spec.name):
+        check_head(model, splits, spec.name)
     # Another number of threads may add in another order: a resumed run must keep its own.
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
@@ -190,7 +193,7 @@ def resume(folder: Path) -> Job:
 
 def _new_folder(source: str, spec: ModelSpec) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{Path(source).stem}-{spec.name}-{spec.norm}-{stamp}"
+    name = f"{Path(source).stem}-{spec.name.replace(':', '-')}-{spec.norm}-{stamp}"
     folder, again = Path("runs") / name, 1
     while folder.exists():
         again += 1
