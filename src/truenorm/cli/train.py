@@ -93,7 +93,8 @@ def train(
     Parameters
     ----------
     resume
-        Continue the run in this folder; takes no other choice.
+        Continue the run in this folder; takes no other choice but --epochs, more than it was
+        asked for: it then goes on even if it has ended.
     quiet
         Print nothing but the result.
     """
@@ -102,7 +103,7 @@ def train(
     changes = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
     work = _job(new, changes, resume)
     ended = work.run.result()
-    if ended is not None:
+    if ended is not None and work.longer_than is None:
         run.result(ended, as_json=json)
         return OUTCOMES.get(ended["stopped"], DONE)
     with run.following(work, quiet=quiet, as_json=json) as observe:
@@ -124,11 +125,12 @@ def _job(new: NewRun, changes: dict[str, Any], resume: Path | None) -> Job:
             changes=changes,
             folder=new.run_dir,
         )
-    if changes or new != NewRun():
+    if changes.keys() - {"epochs"} or new != NewRun():
         raise InputError(
-            "--resume takes every choice from the run; leave out all but --quiet and --json."
+            "--resume takes every choice from the run; leave out all but --epochs, --quiet and "
+            "--json."
         )
-    return job.resume(resume)
+    return job.resume(resume, epochs=changes.get("epochs"))
 
 
 def predict(

@@ -54,6 +54,11 @@ def _introduce(console: Console, job: Job) -> None:
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
         f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
     )
+    if job.longer_than is not None:
+        console.print(
+            f"goes on: {config.epochs} epochs in place of {job.longer_than}; the rate follows "
+            f"schedule {config.schedule} over {config.epochs}, and patience counts anew"
+        )
 
 
 _STOPPED = {

@@ -126,7 +126,7 @@ def _built(variant: Variant, splits: Splits) -> Variant:
     model = build(variant.spec, shape, classes, seed=0)
     if not is_factory(variant.spec.name):
         return variant
-    check_head(model, splits, variant.spec.name)
+    check_head(model, splits, f"{variant.spec.name}, norm {variant.spec.norm},")
     return dataclasses.replace(variant, spec=identified(variant.spec, shape, classes))
 
 

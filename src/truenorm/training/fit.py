@@ -131,16 +131,16 @@ def check_head(model: nn.Module, splits: Splits, name: str) -> None:
         InputError: it does not, or cannot take the data.
     """
     feed = InMemory(splits, TrainConfig(), model_device(model))
-    given = logits_in(_tried(model, feed, feed.few()))
+    given = logits_in(_tried(model, feed, feed.few(), name))
     if given.ndim != 2 or given.shape[1] != len(splits.classes):
         raise InputError(
-            f"{name}: gives {tuple(given.shape)} for {len(given)} examples, and "
+            f"{name} gives {tuple(given.shape)} for {len(given)} examples, and "
             f"{splits.train.name} has {len(splits.classes)} classes; let the factory take classes, "
             "and build as many logits."
         )
 
 
-def _tried(model: nn.Module, feed: Feed, few: AnyBatch) -> Any:
+def _tried(model: nn.Module, feed: Feed, few: AnyBatch, name: str = "the model") -> Any:
     """What ``model`` says of a few examples in eval mode."""
     randoms = Randoms()
     try:
@@ -148,7 +148,7 @@ def _tried(model: nn.Module, feed: Feed, few: AnyBatch) -> Any:
             return few.run(model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
-            f"the model cannot take a batch of {feed.described(few)}: {one_line(error)}"
+            f"{name} cannot take a batch of {feed.described(few)}: {one_line(error)}"
         ) from error
     finally:
         randoms.rewind()
@@ -262,15 +262,19 @@ class _Training:
         self.kept_at = self._seconds()
 
     def _resume(self) -> None:
-        stored = None if self.run is None else self.run.checkpoint()
-        if self.run is None or stored is None:
+        if self.run is None:
             return
-        if "asked" not in stored:  # an older version wrote it
-            stored["asked"] = self.run.request().train.epochs
-        self.state.load(stored)
-        if self.stepper.config.epochs > stored["asked"]:
-            self.run.save_checkpoint(stored)
-            self.run.lengthen(self.stepper.config.epochs)
+        epochs, asked = self.stepper.config.epochs, self.run.request().train.epochs
+        stored = self.run.checkpoint()
+        if stored is not None:
+            stored.setdefault("asked", asked)  # an older version wrote it
+            self.state.load(stored)
+        if epochs > asked:
+            if stored is not None:
+                self.run.save_checkpoint(stored)  # which knows, then, what was asked before
+            self.run.lengthen(epochs)
+        if stored is None:
+            return
         self.kept_at = self.state.epochs[-1].seconds
         self.started -= self.kept_at
         for record in self.state.epochs:

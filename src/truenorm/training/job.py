@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Job:
     request: Request
     splits: Splits
     resumed: bool = False
+    longer_than: int | None = None  # the epochs asked for before, of a run that is to go on
 
     def execute(self, observe: Observer | None = None) -> Outcome:
         """Train, restore the best epoch, and judge it on the test part.
@@ -169,11 +171,17 @@ def start(
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
 
-def resume(folder: Path) -> Job:
+def resume(folder: Path, *, epochs: int | None = None) -> Job:
     """Take up the run in ``folder`` where its last checkpoint stands.
 
+    Args:
+        folder: a run's.
+        epochs: more than it was asked for, so that it goes on, also if it has ended; see
+            :func:`truenorm.fit`. None for as many.
+
     Raises:
-        InputError: there is no such run, it came from Python, or its data have changed.
+        InputError: there is no such run, it came from Python, its data have changed, or it was
+            asked for as many epochs already.
     """
     run = Run.open(folder)
     request = run.request()
@@ -188,7 +196,16 @@ def resume(folder: Path) -> Job:
             f"{request.data}: has changed since {folder} began; put the old data back, or start "
             "a new run."
         )
-    return Job(run, request, splits, resumed=True)
+    before = request.train.epochs
+    if epochs is None:
+        return Job(run, request, splits, resumed=True)
+    if epochs <= before:
+        raise InputError(
+            f"epochs must be more than the {before} that {folder} was asked for, got {epochs}; "
+            "they count from its first epoch."
+        )
+    request = dataclasses.replace(request, train=dataclasses.replace(request.train, epochs=epochs))
+    return Job(run, request, splits, resumed=True, longer_than=before)
 
 
 def _new_folder(source: str, spec: ModelSpec) -> Path:
