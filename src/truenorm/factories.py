@@ -54,18 +54,15 @@ def offer(input_shape: tuple[int, ...], classes: int) -> dict[str, Any]:
     return {"input_shape": tuple(input_shape), "classes": classes, "num_classes": classes}
 
 
-def called(
-    text: str, *, what: str = _WHERE, offered: Mapping[str, Any] | None = None
-) -> tuple[ModuleType, Any]:
-    """The module of ``package.module:factory``, and what the factory returns.
+def found(text: str, what: str = _WHERE) -> tuple[ModuleType, Any]:
+    """The module of ``package.module:factory``, imported, and the factory, or a model in its place.
 
     Args:
         text: which.
         what: the next step, for a message.
-        offered: what it may take.
 
     Raises:
-        InputError: there is none such, or it takes other arguments. What it raises itself passes.
+        InputError: there is none such. What the module raises itself passes.
     """
     place, _, name = text.partition(":")
     if "" not in sys.path:
@@ -88,11 +85,22 @@ def called(
     factory = getattr(module, name)
     from torch import nn
 
-    if isinstance(factory, nn.Module):
-        return module, factory
-    if not callable(factory):
+    if not isinstance(factory, nn.Module) and not callable(factory):
         raise InputError(f"{text}: is a {type(factory).__name__}, not a function; {what}.")
-    return module, factory(**_taken(factory, text, offered or {}))
+    return module, factory
+
+
+def called(factory: Any, text: str, offered: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """What ``factory`` builds of what is offered: a model, and its batches or None.
+
+    Raises:
+        InputError: it takes other arguments, or returns no model. What it raises itself passes.
+    """
+    from torch import nn
+
+    if isinstance(factory, nn.Module):
+        return factory, None
+    return _model_in(factory(**_taken(factory, text, offered)), text)
 
 
 def _taken(factory: Callable[..., Any], text: str, offered: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +120,7 @@ def _taken(factory: Callable[..., Any], text: str, offered: Mapping[str, Any]) -
     return {k: v for k, v in offered.items() if k in parameters and parameters[k].kind in named}
 
 
-def model_of(returned: Any, text: str) -> tuple[nn.Module, Any]:
-    """What a factory returned, as a model and its batches or None.
-
-    Raises:
-        InputError: it is no model.
-    """
+def _model_in(returned: Any, text: str) -> tuple[nn.Module, Any]:
     from torch import nn
 
     pair = isinstance(returned, (tuple, list)) and len(returned) == 2

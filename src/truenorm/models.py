@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from truenorm.calling.borrowing import Randoms
 from truenorm.errors import InputError, choose
-from truenorm.factories import called, digest_of, foreign, is_factory, model_of, offer
+from truenorm.factories import called, digest_of, foreign, found, is_factory, offer
 from truenorm.layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d
 from truenorm.layers.conversion import converted
 from truenorm.layers.norms import InstanceNorm1d, InstanceNorm2d, RMSNorm, groups_of
@@ -163,6 +163,10 @@ def _of_factory(
     name: str, input_shape: tuple[int, ...], classes: int, seed: int | None
 ) -> tuple[nn.Module, ModuleType]:
     """What a factory builds, and its module; random states are given back if there is a seed."""
+    with foreign(name):
+        module, factory = found(name)  # before the seed: an import may draw numbers
+        if isinstance(factory, nn.Module):
+            raise InputError(f"{name}: is a model; give a function that builds a new one.")
     randoms = Randoms()
     try:
         if seed is not None:
@@ -170,10 +174,7 @@ def _of_factory(
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002  the global one is what factories use
         with foreign(name):
-            module, returned = called(name, offered=offer(input_shape, classes))
-            if returned is getattr(module, name.partition(":")[2]):
-                raise InputError(f"{name}: is a model; give a function that builds a new one.")
-            return model_of(returned, name)[0], module
+            return called(factory, name, offer(input_shape, classes))[0], module
     finally:
         if seed is not None:
             randoms.rewind()

@@ -20,7 +20,7 @@ from truenorm.data.datasets import Dataset, Scaling
 from truenorm.data.sources import load
 from truenorm.doctor.facts import MOST_BATCHES
 from truenorm.errors import InputError
-from truenorm.factories import called, foreign, model_of, offer, relative
+from truenorm.factories import called, foreign, found, offer, relative
 from truenorm.files import write_atomically
 from truenorm.training.run import Run
 from truenorm.training.saved import load_model
@@ -131,8 +131,8 @@ def _of_factory(text: str, data: str | None, target: str | None, most: int | Non
     splits = None if data is None else load(data, target=target)
     offered = {} if splits is None else offer(splits.input_shape, len(splits.classes))
     with foreign(text):
-        module, returned = called(text, what=_WHAT, offered=offered)
-        model, batches = model_of(returned, text)
+        module, factory = found(text, _WHAT)
+        model, batches = called(factory, text, offered)
         if data is None and isinstance(batches, Iterator):  # it can be gone through only once
             batches = list(itertools.islice(batches, most))
     held_out: list[Any] | None = None
