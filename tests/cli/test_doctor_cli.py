@@ -195,7 +195,7 @@ def test_what_a_factory_prints_is_not_among_the_diagnosis(factory, capsys):
         ("ill:none", "returned NoneType, not a torch.nn.Module"),
         ("ill:nothing", "returned int, not a torch.nn.Module"),
         ("ill:three", "returned tuple, not a torch.nn.Module; a factory returns a model, or"),
-        ("ill:asks", "missing 1 required positional argument: 'path'"),
+        ("ill:asks", "ill:asks: takes path, and a factory is given nothing"),
         ("ill:CONSTANT", "is a int, not a function"),
         ("ill:wrong_data", "ill:wrong_data could not be examined: RuntimeError: mat1 and mat2"),
         ("ill:no_batches", "data must be batches that can be iterated, got int"),
