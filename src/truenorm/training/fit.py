@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from truenorm.cores import share_cores
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig
@@ -60,7 +61,7 @@ def fit(
     config = config or TrainConfig()
     device = device_of(config.device)
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), threads(config.threads):
+    with torch.random.fork_rng(devices=generators), threads(config.threads), share_cores():
         model.to(device)
         _try_out(model, splits, device)
         return _Training(Stepper(model, splits, config), run, observe).run_to_end()
