@@ -120,7 +120,8 @@ def _watch(stop: threading.Event) -> None:
         if parked is None and taken and threads > 1:
             parked = _park(threads)
         elif parked is not None and calm >= _CALM_WINDOWS:
-            parked = parked.end()
+            parked.end()
+            parked = None
     if parked is not None:
         parked.end()
 
@@ -189,5 +190,5 @@ def _gomp_parallel() -> Callable[..., Any] | None:
         parallel = library.GOMP_parallel
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        return parallel  # type: ignore[no-any-return]
+        return parallel
     return None
