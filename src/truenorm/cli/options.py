@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from truenorm.data.readers.examples import Reading
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig, config_help
 
@@ -20,7 +21,8 @@ OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}  # of a training
 OUT = Parameter(name=["--out", "-o"])
 Flag = Annotated[bool, Parameter(negative="")]  # without a --no- beside it
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
-Label = Annotated[str | None, Parameter(help="The label's column of a .csv or .parquet file.")]
+LABEL = Parameter(name=["--target", "--label"], help="The label's column of a table.")
+Label = Annotated[str | None, LABEL]
 Model = Annotated[str, Parameter(help="A run folder, or package.module:factory.")]
 
 
@@ -58,10 +60,39 @@ Settings = _settings()
 StudySettings = _settings("batch_size", "lr", "seed", "threads")
 
 
+def _reading(*without: str) -> type[Any]:
+    """Reading's fields as options."""
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(Reading):
+        if f.name not in without:
+            negative: dict[str, Any] = {"negative": ""} if f.default is False else {}
+            kind: Any = typing.get_type_hints(Reading)[f.name]
+            option = Annotated[kind, Parameter(help=f.metadata["help"], **negative)]
+            fields.append((f.name, option, dataclasses.field(default=f.default)))
+    return options_class("Rereading" if without else "ReadingOptions", __name__, fields)
+
+
+ReadingOptions = _reading()
+Rereading = _reading("image_size")  # for a model that was trained on images of a size
+
+
+def reading_of(options: Any) -> Reading:
+    """What the options say of how data are read.
+
+    Raises:
+        InputError: a value lies outside its range.
+    """
+    return Reading(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
+
+
 def check_file(out: Path | None) -> None:
     """Refuse at once what could not be written after the work."""
-    if out is not None and out.is_dir():
+    if out is None:
+        return
+    if out.is_dir():
         raise InputError(f"{out}: is a folder; --out names a file.")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: there is no folder {out.parent}; make it, or correct the path.")
 
 
 def widths_of(text: str | None) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,7 +21,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
+from truenorm.data.preparation import Preparation
 from truenorm.files import to_json
 from truenorm.training.history import Epoch, EpochProgress, Observer
 from truenorm.training.job import Job
@@ -75,6 +78,10 @@ def _introduce(console: Console, job: Job) -> None:
     smoothing = config.label_smoothing
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
+    for note in splits.notes:
+        console.print(note, markup=False)
+    if splits.preparation is not None and not splits.preparation.plain:
+        console.print(_columns_table(splits.preparation))
     console.print(
         f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
         f"test examples of {shape}, {len(splits.classes)} classes"
@@ -84,6 +91,15 @@ def _introduce(console: Console, job: Job) -> None:
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
         f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
     )
+
+
+def _columns_table(preparation: Preparation) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "kind", "what became of it"):
+        table.add_column(heading, overflow="fold")
+    for row in preparation.table():
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _line(record: Epoch, epochs: int) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits
+from truenorm.data.readers.examples import Reading
 from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
@@ -127,6 +128,7 @@ def start(
     recipe: str = "default",
     changes: dict[str, Any] | None = None,
     folder: Path | None = None,
+    reading: Reading | None = None,
 ) -> Job:
     """Load ``data``, settle the config and claim a run folder.
 
@@ -137,20 +139,22 @@ def start(
         recipe: ``default`` or ``classic``.
         changes: fields of TrainConfig that win over the recipe's.
         folder: the run folder; by default a new one in ``runs/``, named after the job.
+        reading: how the data are read.
 
     Raises:
         InputError: data, model, config or folder will not do.
     """
     changes = changes or {}
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
-    splits = sources.load(data, target=target, seed=changes.get("seed", 0))
+    reading = reading or Reading()
+    splits = sources.uncut(data, target=target, reading=reading).cut(changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
     build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
     # Another number of threads may add in another order: a resumed run must keep its own.
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     device_of(config.device)
-    request = Request(spec, config, recipe, source, target, splits.fingerprint())
+    request = Request(spec, config, recipe, source, target, splits.fingerprint(), reading)
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
 
@@ -167,7 +171,8 @@ def resume(folder: Path) -> Job:
             f"{folder}: its data or model came from Python; resume it there with "
             "truenorm.fit(..., run=truenorm.Run.open(folder))."
         )
-    splits = sources.load(request.data, target=request.target, seed=request.train.seed)
+    uncut = sources.uncut(request.data, target=request.target, reading=request.reading)
+    splits = uncut.cut(request.train.seed)
     if splits.fingerprint() != request.fingerprint:
         raise InputError(
             f"{request.data}: has changed since {folder} began; put the old data back, or start "
