@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig, config_help
 
@@ -87,12 +87,8 @@ def reading_of(options: Any) -> Reading:
 
 def check_file(out: Path | None) -> None:
     """Refuse at once what could not be written after the work."""
-    if out is None:
-        return
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise InputError(f"{out}: is a folder; --out names a file.")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: there is no folder {out.parent}; make it, or correct the path.")
 
 
 def widths_of(text: str | None) -> tuple[int, ...] | None:

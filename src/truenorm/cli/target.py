@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from truenorm.cli.checkpoint import carrier_of, tensors_of
 from truenorm.data.batches import in_batches
 from truenorm.data.datasets import Dataset, Scaling
-from truenorm.data.readers.examples import Reading
 from truenorm.data.readers.tables import is_table_name
+from truenorm.data.reading import Reading
 from truenorm.data.sources import load, uncut
 from truenorm.doctor.facts import MOST_BATCHES
 from truenorm.errors import InputError

@@ -23,7 +23,7 @@ from truenorm.cli.options import (
     reading_of,
     widths_of,
 )
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
 if TYPE_CHECKING:

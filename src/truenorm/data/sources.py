@@ -25,12 +25,13 @@ from truenorm.data.datasets import (
     prepared,
 )
 from truenorm.data.preparation import Preparation
-from truenorm.data.readers.examples import Array, Examples, Reading, Source
+from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.data.readers.handed import handed
 from truenorm.data.readers.idx import is_idx_name, read_idx_folder
 from truenorm.data.readers.images import is_image_name, read_image_files, read_image_folder
 from truenorm.data.readers.npz import read_npz
 from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, read_table
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
 
@@ -65,7 +66,7 @@ def load(
         valid: the share of the training examples held out for validation.
         test: the share held out for the final test where the source has no test set itself.
             A source that brings a validation part but no test part is used as it is, untested.
-        reading: fields of :class:`truenorm.data.readers.examples.Reading`: ``image_size`` and
+        reading: fields of :class:`truenorm.data.reading.Reading`: ``image_size`` and
             ``skip_unreadable`` for images; ``id``, ``missing`` and ``encoding`` for tables.
 
     Raises:

@@ -41,7 +41,8 @@ def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> No
         return
     if out is None:
         sys.stdout.write(_csv(predicted))
-    summary = f"{len(predicted.predicted):,} examples"
+    count = len(predicted.predicted)
+    summary = f"{count:,} example{'s' * (count != 1)}"
     if scores is not None:
         summary += f", accuracy {scores.accuracy:.2%}"
     print(summary if out is None else f"{summary}; {out}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits, Uncut
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.models import build
 from truenorm.provenance import environment

@@ -12,7 +12,7 @@ from torch import nn
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.data.datasets import Scaling, dataset
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.data.sources import load_for_prediction
 from truenorm.errors import InputError
 from truenorm.folding.export import FORMATS, Program, load_program

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from truenorm.data.readers.examples import Reading
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
 from truenorm.provenance import environment

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from truenorm.data.readers.examples import Examples, Reading
+from truenorm.data.readers.examples import Examples
 from truenorm.data.readers.tables import Asked, examples_of
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError, one_line
 
 _WHAT = (

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from truenorm.data.readers.examples import Array, Examples, Reading, Source
+from truenorm.data.readers.examples import Array, Examples, Source
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError, one_line
 
 _ENDINGS = (

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from truenorm.data.preparation import Column, Preparation
-from truenorm.data.readers.examples import Array, Examples, Reading
+from truenorm.data.readers.examples import Array, Examples
 from truenorm.data.readers.text import delimiter_of, encoding_of
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError, one_line
 
 TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -91,7 +92,7 @@ def _read_text(path: Path, as_text: list[str], reading: Reading) -> tuple[Any, t
             column_types=dict.fromkeys(as_text, arrow.string()), strings_can_be_null=True
         ),
     )
-    broken = [c for c in table.column_names if arrow.types.is_binary(table.column(c).type)]
+    broken = [field.name for field in table.schema if arrow.types.is_binary(field.type)]
     if broken:
         raise InputError(
             f"{path}: column {broken[0]!r} holds bytes that are no {encoding}; name the file's "
