@@ -147,8 +147,23 @@ def _result_lines(values: dict[str, Any]) -> Iterator[str]:
             f"test accuracy {values['test_accuracy']:.2%} on {values['test_examples']:,} held-out "
             "examples"
         )
+    yield from _beside_accuracy(values)
     yield f"{values['run']}/report.html"
     yield from _how_to_continue(values)
+
+
+def _beside_accuracy(values: dict[str, Any]) -> Iterator[str]:
+    """What accuracy hides; a run of before does not say."""
+    if values.get("majority_share") is None:
+        return
+    share, tested = values["majority_share"], values["test_accuracy"]
+    accuracy = values["val_accuracy"] if tested is None else tested
+    yield (
+        f"balanced accuracy {values['balanced_accuracy']:.2%}, mean F1 {values['macro_f1']:.3f}; "
+        f"always answering {values['majority']} would be right for {share:.2%}"
+    )
+    if accuracy <= share:
+        yield "the model is no better than that: nothing that tells the classes apart was learned"
 
 
 def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:

@@ -109,6 +109,7 @@ class Job:
             "val_accuracy": best.valid_accuracy if best else None,
             "test_loss": tested.loss if tested else None,
             "test_accuracy": tested.accuracy if tested else None,
+            **_by_class(judgement),
             "fit_seconds": history.seconds,
             "fault": history.fault,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -118,6 +119,20 @@ class Job:
             "device": str(next(model.parameters()).device),
             "threads": torch.get_num_threads(),
         }
+
+
+def _by_class(judgement: Judgement | None) -> dict[str, Any]:
+    """What accuracy hides, of the part that was judged."""
+    if judgement is None:
+        return dict.fromkeys(("majority_share", "balanced_accuracy", "macro_f1", "f1"))
+    scores, classes = judgement.by_class, judgement.data.classes
+    return {
+        "majority": classes[scores.majority],
+        "majority_share": scores.majority_share,
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_f1": scores.macro_f1,
+        "f1": {str(c): of.f1 for c, of in zip(classes, scores.of, strict=True)},
+    }
 
 
 def start(
