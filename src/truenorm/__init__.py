@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from truenorm.layers.transaction import rollback as rollback
     from truenorm.models import ModelSpec as ModelSpec
     from truenorm.models import build as build
+    from truenorm.report.run_page import report as report
     from truenorm.studies.claims.claim import Findings as Findings
     from truenorm.studies.compare import compare as compare
     from truenorm.studies.plan import StudyPlan as StudyPlan
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from truenorm.training.run import Run as Run
     from truenorm.training.saved import load_folded as load_folded
     from truenorm.training.saved import load_model as load_model
+    from truenorm.training.scoring import evaluate as evaluate
     from truenorm.training.stopping import EarlyStopping as EarlyStopping
 
 _HOMES = {
@@ -124,6 +126,7 @@ _HOMES = {
     "compare": "studies.compare",
     "convert": "layers.conversion",
     "dataset": "data.datasets",
+    "evaluate": "training.scoring",
     "examine": "doctor.diagnosis",
     "export": "folding.export",
     "fit": "training.fit",
@@ -135,6 +138,7 @@ _HOMES = {
     "logits_of": "training.evaluate",
     "recalibrate": "layers.recalibration",
     "recipe": "training.config",
+    "report": "report.run_page",
     "rollback": "layers.transaction",
     "score": "training.evaluate",
     "share_cores": "cores",

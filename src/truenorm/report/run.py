@@ -7,26 +7,19 @@ stderr.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from truenorm.data.preparation import Preparation
 from truenorm.files import to_json
-from truenorm.training.history import Epoch, EpochProgress, Observer
+from truenorm.training.history import Observer
 from truenorm.training.job import Job
+from truenorm.training.progress import shown
 
 
 @contextlib.contextmanager
@@ -41,32 +34,8 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
         return
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _introduce(console, job)
-    lively = console.is_terminal and not os.environ.get("CI")
-    bar = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not lively,
-    )
     total = job.request.train.epochs * len(job.splits.train)
-    task = bar.add_task("", total=total, epoch="", rate="")
-
-    def observe(progress: EpochProgress) -> None:
-        if progress.record is not None:
-            console.print(_line(progress.record, progress.epochs))
-        speed = bar.tasks[task].speed
-        bar.update(
-            task,
-            completed=(progress.epoch - 1) * progress.total + progress.done,
-            epoch=f"{progress.epoch}/{progress.epochs}",
-            rate=f"{speed:,.0f} examples/s" if speed else "",
-        )
-
-    with bar:
+    with shown(console, total) as observe:
         yield observe
 
 
@@ -100,16 +69,6 @@ def _columns_table(preparation: Preparation) -> Table:
     for row in preparation.table():
         table.add_row(*map(escape, row))
     return table
-
-
-def _line(record: Epoch, epochs: int) -> str:
-    mark = "  [green]* best[/green]" if record.best else ""
-    width = len(str(epochs))
-    return (
-        f"epoch {record.epoch:{width}}/{epochs}  train loss {record.train_loss:.4f}  "
-        f"val loss {record.valid_loss:.4f}  val accuracy {record.valid_accuracy:7.2%}  "
-        f"{record.seconds:6.1f} s{mark}"
-    )
 
 
 _STOPPED = {

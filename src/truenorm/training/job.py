@@ -60,7 +60,7 @@ class Job:
             model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
             history = self._fit(model, observe)
             judgement = judge(model, splits) if history.best_epoch else None
-            result = self._result(model, history, judgement)
+            result = result_of(model, history, judgement, splits, self._about())
         return Outcome(history, model, result, judgement)
 
     def save(self, outcome: Outcome, report: str | None = None) -> None:
@@ -86,39 +86,51 @@ class Job:
                 self.run.abandon()  # so that the mended command may use the same folder
             raise
 
-    def _result(
-        self, model: nn.Module, history: History, judgement: Judgement | None
-    ) -> dict[str, Any]:
-        """What programs read: of train, the object that --json prints."""
-        best, splits = history.best, self.splits
-        tested = judgement.scores if judgement is not None and splits.test is not None else None
-        assert self.request.spec is not None
+    def _about(self) -> dict[str, Any]:
+        """What the result says of what was asked."""
+        request = self.request
+        assert request.spec is not None
         return {
             "run": str(self.run.folder),
-            "data": self.request.data,
-            "model": self.request.spec.name,
-            "norm": self.request.spec.norm,
-            "recipe": self.request.recipe,
-            "seed": self.request.train.seed,
-            "epochs": len(history.epochs),
-            "best_epoch": history.best_epoch,
-            "stopped": history.stopped,
-            "restored": history.best_epoch > 0,
-            "train_loss": best.train_loss if best else None,
-            "val_loss": best.valid_loss if best else None,
-            "val_accuracy": best.valid_accuracy if best else None,
-            "test_loss": tested.loss if tested else None,
-            "test_accuracy": tested.accuracy if tested else None,
-            **_by_class(judgement),
-            "fit_seconds": history.seconds,
-            "fault": history.fault,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_examples": len(splits.train),
-            "val_examples": len(splits.valid),
-            "test_examples": 0 if splits.test is None else len(splits.test),
-            "device": str(next(model.parameters()).device),
-            "threads": torch.get_num_threads(),
+            "data": request.data,
+            "model": request.spec.name,
+            "norm": request.spec.norm,
+            "recipe": request.recipe,
+            "seed": request.train.seed,
         }
+
+
+def result_of(
+    model: nn.Module,
+    history: History,
+    judgement: Judgement | None,
+    splits: Splits,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """What programs read: of train, the object that --json prints."""
+    best = history.best
+    tested = judgement.scores if judgement is not None and splits.test is not None else None
+    return {
+        **about,
+        "epochs": len(history.epochs),
+        "best_epoch": history.best_epoch,
+        "stopped": history.stopped,
+        "restored": history.best_epoch > 0,
+        "train_loss": best.train_loss if best else None,
+        "val_loss": best.valid_loss if best else None,
+        "val_accuracy": best.valid_accuracy if best else None,
+        "test_loss": tested.loss if tested else None,
+        "test_accuracy": tested.accuracy if tested else None,
+        **_by_class(judgement),
+        "fit_seconds": history.seconds,
+        "fault": history.fault,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_examples": len(splits.train),
+        "val_examples": len(splits.valid),
+        "test_examples": 0 if splits.test is None else len(splits.test),
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _by_class(judgement: Judgement | None) -> dict[str, Any]:

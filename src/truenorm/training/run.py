@@ -128,6 +128,13 @@ class Run:
         """Write result.json, which marks the run as ended."""
         self._write("result.json", to_json(result, indent=2))
 
+    def lengthen(self, epochs: int) -> None:
+        """Ask for more epochs than before: a run that had ended has not, until it has them."""
+        longer = dataclasses.replace(self.request().train, epochs=epochs)
+        request = dataclasses.replace(self.request(), train=longer)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        self._write("config.json", to_json(request.to_json(), indent=2))
+
     def save_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a row an epoch."""
         text = io.StringIO(newline="")
