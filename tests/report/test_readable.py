@@ -24,7 +24,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A page of a run and one of a study."""
     folder = tmp_path_factory.mktemp("pages")
     work = job.start("iris", ModelSpec(), changes={"epochs": 2}, folder=folder / "r")
-    found = truenorm.compare("iris", norms=("none", "batch"), seeds=3, processes=0, epochs=2)
+    found = truenorm.compare(
+        "iris", norms=("none", "batch"), seeds=3, processes=0, changes={"epochs": 2}
+    )
     return {"run": render(work, work.execute()), "study": study.html(found)}
 
 
@@ -52,13 +54,14 @@ def test_every_drawing_has_a_role_a_title_and_a_description_with_numbers(text: s
 
 def test_no_two_elements_of_a_page_have_one_identifier(text: str) -> None:
     class Ids(HTMLParser):
-        found: list[str | None] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str | None] = []
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             self.found += [value for key, value in attrs if key == "id"]
 
     ids = Ids()
-    ids.found = []
     ids.feed(text)
     assert len(ids.found) == len(set(ids.found)) > 10
     for name in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text):

@@ -21,6 +21,7 @@ SERIES = tuple(f"#1a2b3{i}" for i in range(1, 9))  # one for each norm of a stud
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 5)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINE = "#040506"
+
 _VARIABLES = {
     INK: "var(--ink)",
     _LINE: "var(--line)",
@@ -50,10 +51,17 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "legend.frameon": False,
 }
+_TOLD = "truenorm_told"  # an artist's attribute
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """Colour, dashes and marks of a study's series, by its number."""
+    at = number % len(SERIES)
+    return {"color": SERIES[at], "linestyle": DASHES[at], "marker": MARKS[at]}
 
 
 @contextlib.contextmanager
@@ -79,7 +87,7 @@ def drawing(
 def tell(artist: Artist, texts: Sequence[str]) -> None:
     """Let a line's marks, or one bar, say their values to whoever points at them."""
     artist.set_gid(f"told-{id(artist)}")
-    artist.truenorm_told = list(texts)  # type: ignore[attr-defined]
+    setattr(artist, _TOLD, list(texts))
 
 
 def svg(figure: Figure, title: str, description: str) -> str:
@@ -91,8 +99,8 @@ def svg(figure: Figure, title: str, description: str) -> str:
         description: what it shows, with its main numbers, for who cannot see it.
     """
     told = {
-        artist.get_gid(): artist.truenorm_told
-        for artist in figure.findobj(lambda artist: hasattr(artist, "truenorm_told"))
+        artist.get_gid(): getattr(artist, _TOLD)
+        for artist in figure.findobj(lambda artist: hasattr(artist, _TOLD))
     }
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from truenorm.files import to_json
 from truenorm.report import pages
-from truenorm.report.canvas import DASHES, INK, MARK, MARKS, QUIET, SERIES, drawing, svg, tell
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.report.pages import page
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
@@ -210,8 +210,7 @@ def scores(plot: Plot) -> str:
                 (line,) = axes.plot(means, places, "o", color=MARK, markersize=5)
                 axes.set_yticks(places, [str(x) for x, _ in known])
             else:
-                style = {"linestyle": DASHES[i % len(DASHES)], "marker": MARKS[i % len(MARKS)]}
-                (line,) = axes.plot(places, means, color=colour, markersize=4, label=name, **style)
+                (line,) = axes.plot(places, means, markersize=4, label=name, **style_of(i + 1))
             texts = [f"{name}, {x}: {m:.4g}" for (x, _), m in zip(known, means, strict=True)]
             tell(line, texts)
             values_told += texts

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from truenorm.report.canvas import DASHES, INK, MARK, MARKS, QUIET, SERIES, drawing, svg, tell
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.studies.study import Study
 from truenorm.studies.variants import Variant
 
@@ -33,7 +32,7 @@ def by_batch_size(study: Study) -> str:
             if len(sizes) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.vlines(x, low, high, color=colour, linewidth=1.2)
-            (drawn,) = axes.plot(x, means, label=line, color=colour, markersize=4, **_style(i))
+            (drawn,) = axes.plot(x, means, label=line, markersize=4, **style_of(i))
             tell(
                 drawn,
                 [
@@ -94,10 +93,9 @@ def rates(study: Study) -> list[tuple[str, str]]:
                 axes.plot(
                     [rate for rate, _ in finite],
                     [loss for _, loss in finite],
-                    color=colour,
                     markersize=4,
                     label=variant.spec.norm,
-                    **_style(i),
+                    **style_of(i),
                 )
                 chosen = [(r, loss) for r, loss in finite if r == study.lrs[variant.label]]
                 for rate, loss in chosen:
@@ -124,14 +122,7 @@ def curves(study: Study) -> list[tuple[str, str]]:
                 means = [100 * mean for mean in study.curve(variant.label)]
                 epochs = range(1, len(means) + 1)
                 norm = variant.spec.norm
-                (line,) = axes.plot(
-                    epochs,
-                    means,
-                    color=SERIES[i % len(SERIES)],
-                    label=norm,
-                    markersize=3,
-                    **_style(i),
-                )
+                (line,) = axes.plot(epochs, means, label=norm, markersize=3, **style_of(i))
                 tell(line, [f"{norm}, epoch {e}: {m:.2f} %" for e, m in enumerate(means, 1)])
                 said += [f"{norm} ends at {means[-1]:.2f} %"] if means else []
             if study.goal:
@@ -142,11 +133,6 @@ def curves(study: Study) -> list[tuple[str, str]]:
             drawn = svg(figure, f"Learning curves, {setting}", f"{'; '.join(said)}.")
             drawings.append((setting, drawn))
     return drawings
-
-
-def _style(number: int) -> dict[str, Any]:
-    """A line's dashes and marks, its own beside its colour."""
-    return {"linestyle": DASHES[number % len(DASHES)], "marker": MARKS[number % len(MARKS)]}
 
 
 def _line_of(variant: Variant) -> str:

@@ -23,8 +23,8 @@ class Summary:
     """A variant over its judged seeds.
 
     ``mean`` to ``iqm`` are of the study's metric, ``low`` and ``high`` its mean's 95 % interval
-    (:func:`truenorm.studies.paired.mean_interval`); ``seconds`` and ``valid_loss`` (of the best epochs)
-    are means, the ways to the goal medians over the runs that reach it.
+    (:func:`truenorm.studies.paired.mean_interval`); ``seconds`` and ``valid_loss`` (of the best
+    epochs) are means, the ways to the goal medians over the runs that reach it.
     """
 
     variant: str
