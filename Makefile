@@ -32,6 +32,7 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/doctor.py
 	$(BIN)/python bench/folding.py
 	$(BIN)/python bench/study.py
+	$(BIN)/python bench/busy.py
 
 statistics: .venv/ready-dev
 	$(BIN)/python bench/paired.py

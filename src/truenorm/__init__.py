@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from truenorm.cores import share_cores as share_cores
     from truenorm.data.datasets import Dataset as Dataset
     from truenorm.data.datasets import Scaling as Scaling
     from truenorm.data.datasets import Splits as Splits
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from truenorm.layers.transaction import rollback as rollback
     from truenorm.models import ModelSpec as ModelSpec
     from truenorm.models import build as build
+    from truenorm.report.run_page import report as report
     from truenorm.studies.claims.claim import Findings as Findings
     from truenorm.studies.compare import compare as compare
     from truenorm.studies.plan import StudyPlan as StudyPlan
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from truenorm.training.run import Run as Run
     from truenorm.training.saved import load_folded as load_folded
     from truenorm.training.saved import load_model as load_model
+    from truenorm.training.scoring import evaluate as evaluate
     from truenorm.training.stopping import EarlyStopping as EarlyStopping
 
 _HOMES = {
@@ -123,6 +126,7 @@ _HOMES = {
     "compare": "studies.compare",
     "convert": "layers.conversion",
     "dataset": "data.datasets",
+    "evaluate": "training.scoring",
     "examine": "doctor.diagnosis",
     "export": "folding.export",
     "fit": "training.fit",
@@ -134,8 +138,10 @@ _HOMES = {
     "logits_of": "training.evaluate",
     "recalibrate": "layers.recalibration",
     "recipe": "training.config",
+    "report": "report.run_page",
     "rollback": "layers.transaction",
     "score": "training.evaluate",
+    "share_cores": "cores",
     "split": "data.datasets",
     "watch": "doctor.ledger.ledger",
     "weight_standardization": "layers.norms",

@@ -19,7 +19,7 @@ MOVED = {
     "data": ("data.datasets", "data.batches"),
     "distributed": ("layers.ranks",),
     "estimator": ("training.estimator",),
-    "evaluate": ("training.evaluate", "training.judgement"),
+    "evaluate": ("training.evaluate", "training.judgement", "training.scoring"),
     "exporting": ("folding.export",),
     "functional": ("layers.functional",),
     "layers": ("layers.batch_norm", "layers.options", "layers.renorm", "layers.running"),
@@ -67,11 +67,18 @@ def names_of(old: str) -> Callable[[str], Any]:
     return look_up
 
 
+class _OfThen(ModuleType):
+    """A module of then; one whose name is a function's today is called as that."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
 class _Loader:
     """Makes a module of then."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = ModuleType(spec.name, __doc__)
+        module = _OfThen(spec.name, __doc__)
         module.__getattr__ = names_of(spec.name.partition(".")[2])  # type: ignore[method-assign]
         return module
 

@@ -152,7 +152,8 @@ def _named_target(batch: Mapping[Any, Any]) -> Any:
     return next((batch[k] for k in TARGETS if k in batch and batch[k] is not None), None)
 
 
-def _entry(output: Any, name: str) -> Any:
+def entry(output: Any, name: str) -> Any:
+    """What ``output`` has by ``name``, as a key or an attribute, or None; a tensor has nothing."""
     if isinstance(output, Mapping):
         return output.get(name)
     return getattr(output, name, None) if not isinstance(output, Tensor) else None
@@ -163,7 +164,7 @@ def output_of(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
     for name in OUTPUTS:
-        found = _entry(output, name)
+        found = entry(output, name)
         if isinstance(found, Tensor):
             return found
     if isinstance(output, (tuple, list)):
@@ -204,7 +205,7 @@ def loss_of(output: Any, target: Any, loss: Loss | None = None) -> float | None:
     output holds; cross entropy if the target is one of classes; mean squared error if it is of
     real numbers in the shape of the output.
     """
-    own = _entry(output, "loss") if loss is None else loss(output, target)
+    own = entry(output, "loss") if loss is None else loss(output, target)
     if own is not None:
         return float(torch.as_tensor(own).detach().double().mean())
     out = output_of(output)

@@ -12,6 +12,7 @@ from truenorm.errors import InputError
 
 def doctor(
     target: str | None = None,
+    /,
     *,
     data: str | None = None,
     label: Label = None,
@@ -94,6 +95,7 @@ def doctor(
 
 def recalibrate(
     target: Model,
+    /,
     *,
     data: str | None = None,
     label: Label = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truenorm.data.datasets import Dataset, Scaling
 
@@ -18,6 +18,15 @@ class Batch(NamedTuple):
     x: Tensor  # (B, ...) float32
     y: Tensor  # (B,) int64
     weight: Tensor | None  # (B,) float32
+
+    @property
+    def examples(self) -> int:
+        """B."""
+        return len(self.y)
+
+    def run(self, model: nn.Module) -> Any:
+        """What ``model`` says of it."""
+        return model(self.x)
 
 
 _BLOCK = 2**19  # numbers gathered at once; as float32 they fill 2 MB, a core's cache

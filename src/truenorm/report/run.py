@@ -7,23 +7,19 @@ stderr.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.table import Table
 
+from truenorm.data.preparation import Preparation
 from truenorm.files import to_json
-from truenorm.training.history import Epoch, EpochProgress, Observer
+from truenorm.training.history import Observer
 from truenorm.training.job import Job
+from truenorm.training.progress import shown
 
 
 @contextlib.contextmanager
@@ -38,32 +34,8 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
         return
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _introduce(console, job)
-    lively = console.is_terminal and not os.environ.get("CI")
-    bar = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not lively,
-    )
     total = job.request.train.epochs * len(job.splits.train)
-    task = bar.add_task("", total=total, epoch="", rate="")
-
-    def observe(progress: EpochProgress) -> None:
-        if progress.record is not None:
-            console.print(_line(progress.record, progress.epochs))
-        speed = bar.tasks[task].speed
-        bar.update(
-            task,
-            completed=(progress.epoch - 1) * progress.total + progress.done,
-            epoch=f"{progress.epoch}/{progress.epochs}",
-            rate=f"{speed:,.0f} examples/s" if speed else "",
-        )
-
-    with bar:
+    with shown(console, total) as observe:
         yield observe
 
 
@@ -75,6 +47,10 @@ def _introduce(console: Console, job: Job) -> None:
     smoothing = config.label_smoothing
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
+    for note in splits.notes:
+        console.print(note, markup=False)
+    if splits.preparation is not None and not splits.preparation.plain:
+        console.print(_columns_table(splits.preparation))
     console.print(
         f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
         f"test examples of {shape}, {len(splits.classes)} classes"
@@ -86,14 +62,13 @@ def _introduce(console: Console, job: Job) -> None:
     )
 
 
-def _line(record: Epoch, epochs: int) -> str:
-    mark = "  [green]* best[/green]" if record.best else ""
-    width = len(str(epochs))
-    return (
-        f"epoch {record.epoch:{width}}/{epochs}  train loss {record.train_loss:.4f}  "
-        f"val loss {record.valid_loss:.4f}  val accuracy {record.valid_accuracy:7.2%}  "
-        f"{record.seconds:6.1f} s{mark}"
-    )
+def _columns_table(preparation: Preparation) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "kind", "what became of it"):
+        table.add_column(heading, overflow="fold")
+    for row in preparation.table():
+        table.add_row(*map(escape, row))
+    return table
 
 
 _STOPPED = {
@@ -131,8 +106,23 @@ def _result_lines(values: dict[str, Any]) -> Iterator[str]:
             f"test accuracy {values['test_accuracy']:.2%} on {values['test_examples']:,} held-out "
             "examples"
         )
+    yield from _beside_accuracy(values)
     yield f"{values['run']}/report.html"
     yield from _how_to_continue(values)
+
+
+def _beside_accuracy(values: dict[str, Any]) -> Iterator[str]:
+    """What accuracy hides; a run of before does not say."""
+    if values.get("majority_share") is None:
+        return
+    share, tested = values["majority_share"], values["test_accuracy"]
+    accuracy = values["val_accuracy"] if tested is None else tested
+    yield (
+        f"balanced accuracy {values['balanced_accuracy']:.2%}, mean F1 {values['macro_f1']:.3f}; "
+        f"always answering {values['majority']} would be right for {share:.2%}"
+    )
+    if accuracy <= share:
+        yield "the model is no better than that: nothing that tells the classes apart was learned"
 
 
 def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:

@@ -1,37 +1,104 @@
-"""A finished job -> report.html: one page that opens offline, in light and in dark."""
+"""A finished training -> report.html: one page that opens offline, in light and in dark."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from truenorm.calling.borrowing import unwrapped
+from truenorm.data.datasets import Splits
+from truenorm.errors import InputError
+from truenorm.files import write_atomically
+from truenorm.provenance import environment
 from truenorm.report.pages import page
 from truenorm.report.run_plots import accuracy_curve, distributions, loss_curves, per_channel
-from truenorm.training.job import Job, Outcome
-from truenorm.training.judgement import Judgement, NormView
+from truenorm.training.config import TrainConfig
+from truenorm.training.history import History
+from truenorm.training.job import Job, Outcome, result_of
+from truenorm.training.judgement import Judgement, NormView, judge
 
 _MOST_CLASSES = 40  # a larger confusion matrix is not legible; its worst cells are listed
 
 
 def render(job: Job, outcome: Outcome) -> str:
     """The report page of a job that learned something."""
-    judged, history = outcome.judgement, outcome.history
-    assert judged is not None, "a report needs a judged model"
-    environment = json.loads((job.run.folder / "environment.json").read_text("utf-8"))
+    assert outcome.judgement is not None, "a report needs a judged model"
+    asked = job.request.to_json()
+    return _page(
+        outcome.result,
+        {**asked["train"], **asked["spec"], "data fingerprint": job.request.fingerprint},
+        json.loads((job.run.folder / "environment.json").read_text("utf-8")),
+        outcome.history,
+        outcome.judgement,
+    )
+
+
+def report(
+    model: nn.Module,
+    history: History,
+    splits: Splits,
+    path: Path | str,
+    *,
+    config: TrainConfig | None = None,
+) -> None:
+    """Judge ``model`` on the test part, and write the page that ``truenorm train`` writes.
+
+    Args:
+        model: any model that :func:`truenorm.fit` trained, where it lies.
+        history: what fit returned.
+        splits: the data; without a test part the validation part is judged.
+        path: the file, like report.html; one that exists is replaced.
+        config: what it was trained with, for the page's settings.
+
+    Raises:
+        InputError: the model cannot classify the data, or the file cannot be written.
+    """
+    if not isinstance(splits, Splits):
+        raise InputError(
+            f"a report needs Splits, with their examples and classes, got {type(splits).__name__};"
+            " truenorm.load makes them, and truenorm.evaluate scores a model on other data."
+        )
+    judged = judge(model, splits)
+    about = {
+        "run": None,
+        "data": splits.train.name,
+        "model": type(unwrapped(model)).__name__,
+        "norm": None,
+        "recipe": None,
+        "seed": None if config is None else config.seed,
+    }
+    settings = {} if config is None else dataclasses.asdict(config)
+    settings["data fingerprint"] = splits.fingerprint()
+    result = result_of(model, history, judged, splits, about)
+    html = _page(result, settings, environment(), history, judged)
+    write_atomically(Path(path), lambda place: place.write_text(html, "utf-8"))
+
+
+def _page(
+    result: dict[str, Any],
+    settings: dict[str, Any],
+    environment: dict[str, Any],
+    history: History,
+    judged: Judgement,
+) -> str:
+    classified = any(not math.isnan(e.valid_accuracy) for e in history.epochs)
     return page(
         "run.html",
-        result=outcome.result,
-        request=job.request,
+        result=result,
+        settings=settings,
         environment=environment,
         history=history,
         judged=judged,
         loss_svg=loss_curves(history),
-        accuracy_svg=accuracy_curve(history),
+        accuracy_svg=accuracy_curve(history) if classified else None,
         confusion=_confusion(judged),
         confused=_most_confused(judged),
         mistakes=_mistakes(judged),

@@ -9,6 +9,7 @@ from typing import Any
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits, Uncut
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.models import build
 from truenorm.provenance import environment
@@ -32,6 +33,7 @@ def compare(
     store: Path | str | None = None,
     retry: bool = False,
     observe: StudyObserver | None = None,
+    reading: Reading | None = None,
     **fields: Any,
 ) -> Study:
     """Train every variant with every seed, and say which norm serves the task, if one can tell.
@@ -48,6 +50,7 @@ def compare(
             memory. What it holds already is not run again.
         retry: run again what failed.
         observe: told of progress.
+        reading: how the data are read.
         fields: those of :class:`truenorm.studies.plan.StudyPlan`, in place of the plan's own.
 
     Raises:
@@ -55,7 +58,7 @@ def compare(
         KeyboardInterrupt: Ctrl-C; finished rows are in the store, and no process is left.
     """
     plan = StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
-    uncut, splits = _data(data, plan)
+    uncut, splits = _data(data, plan, reading)
     question = _question(plan, splits)
     seeds = plan.judged_seeds(question.least_seeds())
     work = runner_of(
@@ -87,11 +90,11 @@ def compare(
 # Before anything is run ----------------------------------------------------------------------
 
 
-def _data(data: Any, plan: StudyPlan) -> tuple[Uncut, Splits]:
+def _data(data: Any, plan: StudyPlan, reading: Reading | None) -> tuple[Uncut, Splits]:
     """The data, and how the first seed cuts them."""
     if isinstance(data, Splits):
         return Uncut(data.train, data.test, data.valid, data.scaling), data
-    uncut = sources.uncut(data, target=plan.target)
+    uncut = sources.uncut(data, target=plan.target, reading=reading)
     return uncut, uncut.cut(plan.first_seed())
 
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from truenorm.data.datasets import Splits
-from truenorm.errors import InputError
+from truenorm.calling.borrowing import Randoms, evaluating
+from truenorm.calling.call import Loss
+from truenorm.cores import share_cores
+from truenorm.errors import InputError, one_line
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
-from truenorm.training.evaluate import Scores, logits_of, score
+from truenorm.training.evaluate import class_logits, logits_in, own_loss
+from truenorm.training.feed import Feed, InMemory, feed_of
 from truenorm.training.history import Epoch, EpochProgress, History, Observer, Stopped
-from truenorm.training.optimizer import learning_rate
+from truenorm.training.progress import shown
 from truenorm.training.run import Run
 from truenorm.training.state import TrainingState
 from truenorm.training.steps import LoneValues, Stepper
+from truenorm.training.user_optimizer import (
+    Every,
+    OptimizerFactory,
+    SchedulerFactory,
+    UserOptimizer,
+)
 
 _CHECKPOINT_SECONDS = 2.0  # the work that a kill may cost; a checkpoint costs about 20 ms
 _REPORTS = 25  # of progress in an epoch
@@ -29,61 +42,118 @@ class LossNotFinite(ArithmeticError):
 
 def fit(
     model: nn.Module,
-    splits: Splits,
+    data: Any,
     config: TrainConfig | None = None,
     *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    scheduler_every: Every = "step",
+    valid: float = 0.2,
     run: Run | None = None,
+    verbose: bool = False,
     observe: Observer | None = None,
 ) -> History:
     """Train ``model`` in place and leave it at its best epoch, running statistics included.
 
-    The model maps a scaled batch (N, F) or (N, C, H, W) to logits (N, K). It is moved to the
-    config's device and left there in eval mode. Submodules that are in eval mode inside a
-    model in train mode were frozen on purpose and stay so. torch's generators (of the CPU and
-    CUDA) and its number of threads are given back.
+    It is moved to the config's device and left there in eval mode. Submodules that are in eval
+    mode inside a model in train mode were frozen on purpose and stay so. The random states of
+    torch (and, with data of your own, numpy and Python) and torch's number of threads are given
+    back.
 
     Args:
-        model: any module.
-        splits: data; the test part is not touched.
+        model: any module. It is called on each batch as :class:`truenorm.calling.call.Call` tells:
+            on the x of (x, y), or by name on what of a dict its forward takes. Logits are the
+            tensor it returns, or ``logits`` or ``out`` of a dict or ModelOutput, or the first
+            tensor of a tuple.
+        data: :class:`truenorm.Splits`, which are scaled, in batches of the config, and whose test
+            part is not touched; or, all of it as it is:
+
+            - a torch Dataset (or another thing with a length and numbered examples), or a pair
+              (x, y) of arrays, of which the share ``valid`` is held out for validation;
+            - a pair (train, valid) of such, or of DataLoaders or other iterables of batches, which
+              are gone through anew each epoch.
+
+            Datasets are given out in the config's batch size, training data shuffled by seed and
+            epoch; a DataLoader keeps its own ways.
         config: by default ``TrainConfig()``, the classic protocol.
+        loss: a function of the model's output, as it is, and the targets, that returns the mean
+            loss or one for each example. By default the ``loss`` that the output holds, if
+            it does, or else cross entropy. What is not classification has no accuracy: it is NaN,
+            and the validation loss says which epoch is the best.
+        optimizer: makes a torch.optim.Optimizer of the list of trainable parameters, or is one
+            over them, in place of the config's. The config's schedule scales its rates.
+        scheduler: makes a torch LRScheduler of the optimizer, in place of the config's schedule.
+        scheduler_every: whether it moves with each optimizer "step" or each "epoch";
+            ReduceLROnPlateau moves with each epoch, by the validation loss.
+        valid: the share of a single Dataset that is held out.
         run: where to write metrics and checkpoints. If it holds a checkpoint, training
-            continues there and ends with the same bits as if it had never stopped.
+            continues there and ends with the same bits as if it had never stopped. With a config
+            of more epochs than before, a run that has ended goes on: the schedule is that of all
+            epochs, and patience counts anew.
+        verbose: show a bar and a line an epoch, in a terminal or a notebook.
         observe: told of progress now and then, and of every epoch's record.
 
     Returns:
         The history. Ctrl-C ends training like any other stop: ``stopped`` is "interrupted".
 
     Raises:
-        InputError: model, data and config do not fit together, or a file cannot be written.
-            The model is at its best epoch then too.
+        InputError: model, data, config and the others do not fit together, or a file cannot be
+            written. The model is at its best epoch then too.
     """
     config = config or TrainConfig()
     device = device_of(config.device)
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), threads(config.threads):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=generators))
+        stack.enter_context(threads(config.threads))
+        stack.enter_context(share_cores())
         model.to(device)
-        _try_out(model, splits, device)
-        return _Training(Stepper(model, splits, config), run, observe).run_to_end()
+        feed = feed_of(data, valid, config, model)
+        if not isinstance(feed, InMemory):
+            stack.callback(Randoms(*data if isinstance(data, tuple | list) else ()).rewind)
+        _try_out(model, feed, loss, config)
+        own = None
+        if optimizer is not None or scheduler is not None:
+            own = UserOptimizer(model, config, optimizer, scheduler, scheduler_every)
+        stepper = Stepper(model, feed, config, optimizer=own, loss=loss)
+        observers = [] if observe is None else [observe]
+        if verbose:
+            console = Console(highlight=False, soft_wrap=True)
+            total = None if feed.examples is None else config.epochs * feed.examples
+            observers.append(stack.enter_context(shown(console, total)))
+        return _Training(stepper, run, observers).run_to_end()
 
 
-def _try_out(model: nn.Module, splits: Splits, device: torch.device) -> None:
-    """Pass two examples through in eval mode, so that what does not fit shows at once."""
-    few = splits.valid.take(torch.arange(min(2, len(splits.valid))))
+def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfig) -> None:
+    """Pass a few examples through in eval mode, so that what does not fit shows at once."""
+    randoms = Randoms()
+    few = feed.few()
     try:
-        logits = logits_of(model, few, splits.scaling, device)
+        with torch.no_grad(), evaluating(model):
+            output = few.run(model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
-            f"the model cannot take a batch of shape (N, {', '.join(map(str, splits.input_shape))})"
-            f": {error}"
+            f"the model cannot take a batch of {feed.described(few)}: {one_line(error)}"
         ) from error
-    score(logits, few)
+    finally:
+        randoms.rewind()
+    own = own_loss(output, few, loss)
+    if own is None:
+        feed.check(logits_in(output))
+        class_logits(output, few)
+    elif config.label_smoothing:
+        raise InputError(
+            "label_smoothing is for cross entropy, and the loss is "
+            f"{'loss=' if loss is not None else 'the one that the model returns'}; leave it at 0."
+        )
 
 
 class _Training:
     """The loop over epochs, what it reports and what it writes down."""
 
-    def __init__(self, stepper: Stepper, run: Run | None, observe: Observer | None) -> None:
-        self.stepper, self.run, self.observe = stepper, run, observe
+    def __init__(self, stepper: Stepper, run: Run | None, observers: Sequence[Observer]) -> None:
+        self.stepper, self.run, self.observers = stepper, run, observers
         self.state = TrainingState(stepper)
         self.started = time.perf_counter()
         self.kept_at = 0.0  # seconds of fitting at the last checkpoint
@@ -110,18 +180,19 @@ class _Training:
         return History(tuple(state.epochs), state.best[0], stopped, self._seconds(), fault)
 
     def _one_epoch(self, epoch: int) -> None:
-        train_loss = self._train(epoch)
-        valid = self._validate()
-        best = self.state.stopping.improved(epoch, valid.loss)
         stepper = self.stepper
-        lr = learning_rate(stepper.config, epoch * stepper.per_epoch - 1, stepper.steps)
+        train_loss, done = self._train(epoch)
+        valid = stepper.feed.validate(stepper.model, stepper.loss, amp=stepper.amp)
+        best = self.state.stopping.improved(epoch, valid.loss)
+        lr = stepper.optimizer.lr
+        stepper.optimizer.end_epoch(valid.loss)
         record = Epoch(epoch, train_loss, valid.loss, valid.accuracy, lr, self._seconds(), best)
         self.state.add(record)
         self._keep(self.run)
-        self._report(epoch, len(stepper.splits.train), record)
+        self._report(epoch, done, record)
 
-    def _train(self, epoch: int) -> float:
-        """One pass over the training data in an order of its own; the mean training loss."""
+    def _train(self, epoch: int) -> tuple[float, int]:
+        """One pass over the training data: the mean training loss, and how many they were."""
         stepper = self.stepper
         every = max(1, stepper.per_epoch // _REPORTS)
         losses: list[Tensor] = []
@@ -134,29 +205,29 @@ class _Training:
                 raise InputError(
                     f"batch norm cannot normalize a batch of {error.examples}: a channel needs "
                     "more than one value. Use a batch_size of at least 2 and at least 2 training "
-                    "examples."
+                    "examples; of a DataLoader, drop_last=True."
                 ) from error
             losses.append(loss)
             shares.append(share)
-            done += sum(len(batch.y) for batch in batches)
+            done += sum(batch.examples for batch in batches)
             if i % every == 0 or i == stepper.per_epoch - 1:
                 _refuse_non_finite(losses, looked, epoch, stepper.config.lr)
                 looked = len(losses)
                 self._report(epoch, done)
+        if not losses:
+            raise InputError(
+                f"the training loader gave no batch in epoch {epoch}; give one that is not empty "
+                "and can be gone through again."
+            )
+        _refuse_non_finite(losses, looked, epoch, stepper.config.lr)
         weights = torch.tensor(shares, dtype=torch.float64)
-        return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
-
-    def _validate(self) -> Scores:
-        stepper, splits = self.stepper, self.stepper.splits
-        logits = logits_of(
-            stepper.model, splits.valid, splits.scaling, stepper.device, amp=stepper.amp
-        )
-        return score(logits, splits.valid)
+        mean = float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
+        return mean, done
 
     def _report(self, epoch: int, done: int, record: Epoch | None = None) -> None:
-        if self.observe is not None:
-            epochs, total = self.stepper.config.epochs, len(self.stepper.splits.train)
-            self.observe(EpochProgress(epoch, epochs, done, total, record))
+        epochs, total = self.stepper.config.epochs, self.stepper.feed.examples
+        for observe in self.observers:
+            observe(EpochProgress(epoch, epochs, done, done if total is None else total, record))
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -172,17 +243,22 @@ class _Training:
 
     def _resume(self) -> None:
         stored = None if self.run is None else self.run.checkpoint()
-        if stored is None:
+        if self.run is None or stored is None:
             return
+        if "asked" not in stored:  # an older version wrote it
+            stored["asked"] = self.run.request().train.epochs
         self.state.load(stored)
+        if self.stepper.config.epochs > stored["asked"]:
+            self.run.save_checkpoint(stored)
+            self.run.lengthen(self.stepper.config.epochs)
         self.kept_at = self.state.epochs[-1].seconds
         self.started -= self.kept_at
         for record in self.state.epochs:
-            self._report(record.epoch, len(self.stepper.splits.train), record)
+            self._report(record.epoch, self.stepper.feed.examples or 0, record)
 
 
 def _refuse_non_finite(losses: list[Tensor], start: int, epoch: int, lr: float) -> None:
-    finite = torch.isfinite(torch.stack(losses[start:]))
+    finite = torch.isfinite(torch.stack(losses[start:])) if losses[start:] else torch.ones(0)
     if finite.all():
         return
     at = start + int((~finite).nonzero()[0])

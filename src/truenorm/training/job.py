@@ -12,6 +12,7 @@ from torch import nn
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
@@ -59,7 +60,7 @@ class Job:
             model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
             history = self._fit(model, observe)
             judgement = judge(model, splits) if history.best_epoch else None
-            result = self._result(model, history, judgement)
+            result = result_of(model, history, judgement, splits, self._about())
         return Outcome(history, model, result, judgement)
 
     def save(self, outcome: Outcome, report: str | None = None) -> None:
@@ -85,38 +86,65 @@ class Job:
                 self.run.abandon()  # so that the mended command may use the same folder
             raise
 
-    def _result(
-        self, model: nn.Module, history: History, judgement: Judgement | None
-    ) -> dict[str, Any]:
-        """What programs read: of train, the object that --json prints."""
-        best, splits = history.best, self.splits
-        tested = judgement.scores if judgement is not None and splits.test is not None else None
-        assert self.request.spec is not None
+    def _about(self) -> dict[str, Any]:
+        """What the result says of what was asked."""
+        request = self.request
+        assert request.spec is not None
         return {
             "run": str(self.run.folder),
-            "data": self.request.data,
-            "model": self.request.spec.name,
-            "norm": self.request.spec.norm,
-            "recipe": self.request.recipe,
-            "seed": self.request.train.seed,
-            "epochs": len(history.epochs),
-            "best_epoch": history.best_epoch,
-            "stopped": history.stopped,
-            "restored": history.best_epoch > 0,
-            "train_loss": best.train_loss if best else None,
-            "val_loss": best.valid_loss if best else None,
-            "val_accuracy": best.valid_accuracy if best else None,
-            "test_loss": tested.loss if tested else None,
-            "test_accuracy": tested.accuracy if tested else None,
-            "fit_seconds": history.seconds,
-            "fault": history.fault,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_examples": len(splits.train),
-            "val_examples": len(splits.valid),
-            "test_examples": 0 if splits.test is None else len(splits.test),
-            "device": str(next(model.parameters()).device),
-            "threads": torch.get_num_threads(),
+            "data": request.data,
+            "model": request.spec.name,
+            "norm": request.spec.norm,
+            "recipe": request.recipe,
+            "seed": request.train.seed,
         }
+
+
+def result_of(
+    model: nn.Module,
+    history: History,
+    judgement: Judgement | None,
+    splits: Splits,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """What programs read: of train, the object that --json prints."""
+    best = history.best
+    tested = judgement.scores if judgement is not None and splits.test is not None else None
+    return {
+        **about,
+        "epochs": len(history.epochs),
+        "best_epoch": history.best_epoch,
+        "stopped": history.stopped,
+        "restored": history.best_epoch > 0,
+        "train_loss": best.train_loss if best else None,
+        "val_loss": best.valid_loss if best else None,
+        "val_accuracy": best.valid_accuracy if best else None,
+        "test_loss": tested.loss if tested else None,
+        "test_accuracy": tested.accuracy if tested else None,
+        **_by_class(judgement),
+        "fit_seconds": history.seconds,
+        "fault": history.fault,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_examples": len(splits.train),
+        "val_examples": len(splits.valid),
+        "test_examples": 0 if splits.test is None else len(splits.test),
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _by_class(judgement: Judgement | None) -> dict[str, Any]:
+    """What accuracy hides, of the part that was judged."""
+    if judgement is None:
+        return dict.fromkeys(("majority_share", "balanced_accuracy", "macro_f1", "f1"))
+    scores, classes = judgement.by_class, judgement.data.classes
+    return {
+        "majority": classes[scores.majority],
+        "majority_share": scores.majority_share,
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_f1": scores.macro_f1,
+        "f1": {str(c): of.f1 for c, of in zip(classes, scores.of, strict=True)},
+    }
 
 
 def start(
@@ -127,6 +155,7 @@ def start(
     recipe: str = "default",
     changes: dict[str, Any] | None = None,
     folder: Path | None = None,
+    reading: Reading | None = None,
 ) -> Job:
     """Load ``data``, settle the config and claim a run folder.
 
@@ -137,20 +166,22 @@ def start(
         recipe: ``default`` or ``classic``.
         changes: fields of TrainConfig that win over the recipe's.
         folder: the run folder; by default a new one in ``runs/``, named after the job.
+        reading: how the data are read.
 
     Raises:
         InputError: data, model, config or folder will not do.
     """
     changes = changes or {}
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
-    splits = sources.load(data, target=target, seed=changes.get("seed", 0))
+    reading = reading or Reading()
+    splits = sources.uncut(data, target=target, reading=reading).cut(changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
     build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
     # Another number of threads may add in another order: a resumed run must keep its own.
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     device_of(config.device)
-    request = Request(spec, config, recipe, source, target, splits.fingerprint())
+    request = Request(spec, config, recipe, source, target, splits.fingerprint(), reading)
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
 
@@ -167,7 +198,8 @@ def resume(folder: Path) -> Job:
             f"{folder}: its data or model came from Python; resume it there with "
             "truenorm.fit(..., run=truenorm.Run.open(folder))."
         )
-    splits = sources.load(request.data, target=request.target, seed=request.train.seed)
+    uncut = sources.uncut(request.data, target=request.target, reading=request.reading)
+    splits = uncut.cut(request.train.seed)
     if splits.fingerprint() != request.fingerprint:
         raise InputError(
             f"{request.data}: has changed since {folder} began; put the old data back, or start "

@@ -50,6 +50,9 @@ class _Group:
 class Optimizer:
     """One update rule over the trainable parameters of a model.
 
+    Attributes:
+        lr: the rate of the last step.
+
     Raises:
         InputError: the model has nothing to train.
     """
@@ -60,6 +63,7 @@ class Optimizer:
             raise InputError("the model has no parameter with requires_grad; nothing to train.")
         self.rule, self.clip_norm = config.optimizer, config.clip_norm
         self.params = trainable
+        self.lr = config.lr
         decay, l1 = config.weight_decay, config.l1
         if not (decay or l1):
             self.groups = [_Group(trainable, 0.0, 0.0)]
@@ -78,6 +82,7 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """Update every parameter that has a gradient."""
+        self.lr = lr
         with torch.no_grad():
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.params, self.clip_norm, foreach=True)
@@ -114,6 +119,9 @@ class Optimizer:
             params, grads, first, second, [], steps,
             beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False, **rate,
         )  # fmt: skip
+
+    def end_epoch(self, valid_loss: float) -> None:
+        """Nothing: the rate is the config's, step by step."""
 
     def state(self) -> list[dict[str, list[Tensor]]]:
         """The live state tensors of each group."""

@@ -25,10 +25,12 @@ class TrainingState:
         epochs: the record of each.
         best: the best epoch and the model's state at its end; 0 is before any.
         stopping: what judges them.
+        since: the epoch after which the training was asked to go on longer than before.
     """
 
     def __init__(self, stepper: Stepper) -> None:
         self._model, self._optimizer, config = stepper.model, stepper.optimizer, stepper.config
+        self._feed, self.since = stepper.feed, 0
         self._most = config.epochs
         self.stopping = EarlyStopping(config.patience, config.min_delta)
         self.epochs: list[Epoch] = []
@@ -36,8 +38,9 @@ class TrainingState:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience has run out."""
-        return self.stopping.exhausted(len(self.epochs))
+        """Whether patience has run out, which counts anew where a training was made longer."""
+        done = len(self.epochs)
+        return self.stopping.exhausted(done) and done - self.since >= self.stopping.patience
 
     @property
     def ended(self) -> bool:
@@ -63,6 +66,9 @@ class TrainingState:
             "best_loss": self.stopping.best,
             "optimizer": self._optimizer.state(),
             "epochs": [asdict(e) for e in self.epochs],
+            "feed": self._feed.state(),
+            "asked": self._most,
+            "since": self.since,
         }
 
     def load(self, stored: dict[str, Any]) -> None:
@@ -79,7 +85,17 @@ class TrainingState:
                 f"the run's checkpoint does not fit the model ({one_line(error)}); give the model "
                 "that it was begun with, or begin a new run."
             ) from error
+        try:
+            self._optimizer.load(stored["optimizer"])
+            self._feed.load(stored.get("feed", []))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self.restore_best()
+            raise InputError(
+                f"the run's checkpoint is of another optimizer, scheduler or loader "
+                f"({one_line(error)}); give those that it was begun with, or begin a new run."
+            ) from error
         self.best = stored["best"]
-        self._optimizer.load(stored["optimizer"])
         self.stopping.best, self.stopping.best_epoch = stored["best_loss"], self.best[0]
         self.epochs = [Epoch(**e) for e in stored["epochs"]]
+        longer = self._most > stored["asked"]
+        self.since = len(self.epochs) if longer else stored.get("since", 0)

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from truenorm.calling.call import model_device
-from truenorm.data.batches import Batch, chunks, in_batches, shifted
+from truenorm.calling.call import Loss, model_device
+from truenorm.data.batches import Batch
 from truenorm.data.datasets import Splits
+from truenorm.errors import InputError
 from truenorm.layers.batch_norm import ONE_VALUE
 from truenorm.layers.transaction import transactional
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import has_fast_bf16
-from truenorm.training.evaluate import autocast, wide
+from truenorm.training.evaluate import (
+    AnyBatch,
+    autocast,
+    logits_in,
+    own_loss,
+    share_of,
+    wide,
+)
+from truenorm.training.feed import Feed, InMemory
 from truenorm.training.optimizer import Optimizer, learning_rate
+from truenorm.training.user_optimizer import UserOptimizer
 
 
-def seeded(seed: int, epoch: int) -> torch.Generator:
-    """The generator of an epoch's order and augmentation; torch's own, of dropout, is set alike.
-
-    A function of seed and epoch alone, so that a checkpoint needs no generator's state.
-    """
-    of_epoch = (seed * 1_000_003 + epoch) % 2**63
-    torch.manual_seed(of_epoch)
-    return torch.Generator().manual_seed(of_epoch)
-
-
-def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+def cross_entropy(logits: Tensor, batch: AnyBatch, smoothing: float) -> Tensor:
     """Mean cross entropy of ``logits`` (B, K) over the batch, by example weights."""
     if batch.weight is None:
         return F.cross_entropy(logits, batch.y, label_smoothing=smoothing)
@@ -61,11 +62,14 @@ class Stepper:
 
     Args:
         model: any module, on the device where it is to be trained.
-        splits: data, of which the training part is used.
+        data: of which the training part is used.
         config: how to train.
+        optimizer: by default the config's.
+        loss: of the model's output, as it is, and the targets; by default what the output holds
+            as its loss, or else cross entropy.
 
     Attributes:
-        per_epoch: the number of steps of one epoch.
+        per_epoch: the number of steps of one epoch; 0 where its batches cannot be counted.
         steps: that of all of the config's epochs.
         amp: whether a step's forward runs under bf16 autocast.
 
@@ -73,24 +77,53 @@ class Stepper:
         InputError: the model has nothing to train.
     """
 
-    def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig) -> None:
-        self.model, self.splits, self.config = model, splits, config
-        self.optimizer = Optimizer(model, config)
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Splits | Feed,
+        config: TrainConfig,
+        *,
+        optimizer: UserOptimizer | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        self.model, self.config, self.loss = model, config, loss
+        self.optimizer = Optimizer(model, config) if optimizer is None else optimizer
         self.device = model_device(model)
+        self.feed = InMemory(data, config, self.device) if isinstance(data, Splits) else data
         self.amp = config.amp == "bf16" or (config.amp == "auto" and has_fast_bf16(self.device))
-        batches = len(chunks(torch.arange(len(splits.train)), config.batch_size))
-        self.per_epoch = math.ceil(batches / config.accumulate)
+        batches = self.feed.batches
+        self.per_epoch = math.ceil((batches or 0) / config.accumulate)
         self.steps = self.per_epoch * config.epochs
+        scheduled = optimizer is not None and optimizer.scheduled
+        if batches is None and config.schedule != "constant" and not scheduled:
+            raise InputError(
+                f"schedule {config.schedule!r} needs the number of steps, and the loader has no "
+                "length; use schedule='constant', or give scheduler=."
+            )
         # In a model in eval mode nothing was frozen: it was only evaluated before.
         self._frozen = [m for m in model.modules() if not m.training] if model.training else []
         self._transactional = transactional(model)
 
-    def all_steps(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Number and batches of every step of every epoch."""
-        for epoch in range(1, self.config.epochs + 1):
-            yield from self.steps_of(epoch)
+    @property
+    def splits(self) -> Splits:
+        """The data, where they are in memory."""
+        return self._in_memory().splits
 
-    def steps_of(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
+    def order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
+        """The order of the training examples in ``epoch``, from 1, and what draws after it."""
+        return self._in_memory().order(epoch)
+
+    def _in_memory(self) -> InMemory:
+        assert isinstance(self.feed, InMemory), "only fit takes a user's own loaders"
+        return self.feed
+
+    def all_steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Number and batches of every step of every epoch, where the data are in memory."""
+        self._in_memory()
+        for epoch in range(1, self.config.epochs + 1):
+            yield from cast(Iterator[tuple[int, list[Batch]]], self.steps_of(epoch))
+
+    def steps_of(self, epoch: int) -> Iterator[tuple[int, list[AnyBatch]]]:
         """Number, from 0 over all epochs, and batches of every step of ``epoch``, from 1.
 
         The model is put in train mode at its beginning.
@@ -98,21 +131,12 @@ class Stepper:
         self.model.train()
         for module in self._frozen:
             module.eval()
-        config, splits = self.config, self.splits
-        order, generator = self.order(epoch)
-        batches = in_batches(splits.train, order, config.batch_size, splits.scaling, self.device)
-        if config.shift and len(splits.input_shape) == 3:
-            batches = (b._replace(x=shifted(b.x, config.shift, generator)) for b in batches)
-        first = (epoch - 1) * self.per_epoch
-        for number in range(first, first + self.per_epoch):
-            yield number, list(itertools.islice(batches, config.accumulate))
+        batches = self.feed.epoch(epoch)
+        numbers = itertools.count((epoch - 1) * self.per_epoch)
+        while together := list(itertools.islice(batches, self.config.accumulate)):
+            yield next(numbers), together
 
-    def order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
-        """The order of the training examples in ``epoch``, from 1, and what draws after it."""
-        generator = seeded(self.config.seed, epoch)
-        return torch.randperm(len(self.splits.train), generator=generator), generator
-
-    def update(self, number: int, batches: list[Batch]) -> tuple[Tensor, float]:
+    def update(self, number: int, batches: Sequence[AnyBatch]) -> tuple[Tensor, float]:
         """Take step ``number`` from ``batches`` together.
 
         Returns:
@@ -121,7 +145,7 @@ class Stepper:
         Raises:
             LoneValues: a batch gives a batch norm one value per channel.
         """
-        shares = [len(b.y) if b.weight is None else float(b.weight.sum()) for b in batches]
+        shares = [share_of(batch) for batch in batches]
         total = sum(shares)
         self.optimizer.zero_grad()
         parts = []
@@ -131,17 +155,21 @@ class Stepper:
                 loss = loss * (share / total if total else 0.0)
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(loss.detach())
-        self.optimizer.step(learning_rate(self.config, number, self.steps))
+        # A loader may give more batches than its length says.
+        self.optimizer.step(learning_rate(self.config, min(number, self.steps), self.steps or 1))
         for layer in self._transactional:
             layer.commit()
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum()), total
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: AnyBatch) -> Tensor:
         try:
             with autocast(self.device, self.amp):
-                logits = self.model(batch.x)
+                output = batch.run(self.model)
         except ValueError as error:
             if lacks_values(error):
-                raise LoneValues(str(error), len(batch.y)) from error
+                raise LoneValues(str(error), batch.examples) from error
             raise
-        return cross_entropy(wide(logits), batch, self.config.label_smoothing)
+        own = own_loss(output, batch, self.loss)
+        if own is not None:
+            return own
+        return cross_entropy(wide(logits_in(output)), batch, self.config.label_smoothing)
