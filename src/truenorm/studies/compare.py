@@ -106,6 +106,7 @@ def _question(plan: StudyPlan, splits: Splits) -> Question:
     for variant in variants:
         build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
         device_of(variant.config.device)
+        variant.config.check_shape(splits.input_shape)
     question = Question(tuple(variants), plan.metric, plan.margin, plan.against)
     if plan.until is not None and not question.family():
         raise InputError(f"until needs two norms at least, got {', '.join(plan.norms)}.")

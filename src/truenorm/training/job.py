@@ -181,6 +181,7 @@ def start(
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     device_of(config.device)
+    config.check_shape(splits.input_shape)
     request = Request(spec, config, recipe, source, target, splits.fingerprint(), reading)
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
