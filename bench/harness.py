@@ -43,10 +43,12 @@ def run(command: list[str]) -> Finished:
         return Finished(out.read(), wall, usage.ru_maxrss / 1024)
 
 
-def truenorm_train(*options: str, seed: int, goal: float) -> dict[str, Any]:
+def truenorm_train(
+    *options: str, seed: int, goal: float, program: tuple[str, ...] = ("-m", "truenorm")
+) -> dict[str, Any]:
     """One whole ``truenorm train`` as a row like those the peers print."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "truenorm", "train", "--quiet", "--json", *options]
+        command = [sys.executable, *program, "train", "--quiet", "--json", *options]
         done = run([*command, "--seed", str(seed), "--run-dir", f"{folder}/run"])
         metrics = Path(folder, "run", "metrics.csv").read_text().splitlines()
     result = json.loads(done.stdout)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from truenorm.cores import share_cores as share_cores
     from truenorm.data.datasets import Dataset as Dataset
     from truenorm.data.datasets import Scaling as Scaling
     from truenorm.data.datasets import Splits as Splits
@@ -140,6 +141,7 @@ _HOMES = {
     "report": "report.run_page",
     "rollback": "layers.transaction",
     "score": "training.evaluate",
+    "share_cores": "cores",
     "split": "data.datasets",
     "watch": "doctor.ledger.ledger",
     "weight_standardization": "layers.norms",

@@ -358,15 +358,20 @@ class _Residual(nn.Module):
             _conv(spec, outputs, outputs),
             nn.Identity() if after else norm,
         )
+        self.stride = stride
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            point = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            point = nn.Conv2d(inputs, outputs, 1, bias=False)
             point = _with_bias(point) if spec.norm == "none" else point
             self.shortcut = nn.Sequential(point, norm_of(spec.norm, outputs, 2))
         self.end = nn.Sequential(nn.ReLU(), *([norm] if after else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.end(self.body(x) + self.shortcut(x))
+        # The positions that a 1 x 1 convolution of this stride reads. Given the stride itself,
+        # oneDNN 3.12 (torch 2.13) writes past its memory in the gradient, channels-last and with
+        # fewer than 8 channels.
+        read = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
+        out: Tensor = self.end(self.body(x) + self.shortcut(read))
         return out
 
 

@@ -183,7 +183,7 @@ def test_predict_writes_classes_and_probabilities(cli, tmp_path):
     assert len(rows) == 150
     assert "accuracy" in err
     for row in rows:
-        values = {k: float(v) for k, v in row.items() if k != "class"}
+        values = {k: float(v) for k, v in row.items() if k not in ("row", "class")}
         assert sum(values.values()) == pytest.approx(1, abs=1e-4)
         assert max(values, key=values.get) == f"p({row['class']})"
     cli("predict", "r", "iris", "--out", "p.csv")

@@ -186,7 +186,7 @@ BAD = {
     "no label for one": (np.zeros((3, 2)), [0, 1], r"one label per example, shape \(3,\)"),
     "missing label": (np.zeros((2, 2)), np.array(["a", None], object), "row 1 .* missing"),
     "nan label": (np.zeros((2, 2)), [0.0, np.nan], "label of row 1 .* is nan"),
-    "fraction label": (np.zeros((2, 2)), [0.5, 1], "needs classes"),
+    "fraction label": (np.zeros((2, 2)), [0.5, 1], "TrueNorm classifies"),
     "mixed labels": (np.zeros((2, 2)), np.array(["a", 1], object), "mix types"),
     "one number each": (np.zeros(3), [0, 1, 0], r"got shape \(3,\)"),
     "nothing": (np.zeros((0, 3)), [], "nothing empty"),

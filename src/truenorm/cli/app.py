@@ -21,6 +21,7 @@ from truenorm.cli.options import (
 from truenorm.cli.ship import export, fold
 from truenorm.cli.study import claims, compare
 from truenorm.cli.train import predict, train
+from truenorm.cores import share_cores
 from truenorm.errors import InputError
 
 app = App(
@@ -39,7 +40,8 @@ def main(tokens: list[str] | None = None) -> None:
     tokens = sys.argv[1:] if tokens is None else tokens
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        code = command(*bound.args, **bound.kwargs)
+        with share_cores():
+            code = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

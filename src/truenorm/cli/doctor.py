@@ -12,6 +12,7 @@ from truenorm.errors import InputError
 
 def doctor(
     target: str | None = None,
+    /,
     *,
     data: str | None = None,
     label: Label = None,
@@ -95,6 +96,7 @@ def doctor(
 
 def recalibrate(
     target: Model,
+    /,
     *,
     data: str | None = None,
     label: Label = None,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig, config_help
 
@@ -20,7 +21,8 @@ OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}  # of a training
 OUT = Parameter(name=["--out", "-o"])
 Flag = Annotated[bool, Parameter(negative="")]  # without a --no- beside it
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.", negative="")]
-Label = Annotated[str | None, Parameter(help="The label's column of a .csv or .parquet file.")]
+LABEL = Parameter(name=["--target", "--label"], help="The label's column of a table.")
+Label = Annotated[str | None, LABEL]
 Model = Annotated[str, Parameter(help="A run folder, or package.module:factory.")]
 
 
@@ -56,6 +58,31 @@ def _settings(*without: str) -> type[Any]:
 Settings = _settings()
 # Of a study these are variants, seeds and the tuner's; each of its runs has one thread.
 StudySettings = _settings("batch_size", "lr", "seed", "threads")
+
+
+def _reading(*without: str) -> type[Any]:
+    """Reading's fields as options."""
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(Reading):
+        if f.name not in without:
+            negative: dict[str, Any] = {"negative": ""} if f.default is False else {}
+            kind: Any = typing.get_type_hints(Reading)[f.name]
+            option = Annotated[kind, Parameter(help=f.metadata["help"], **negative)]
+            fields.append((f.name, option, dataclasses.field(default=f.default)))
+    return options_class("Rereading" if without else "ReadingOptions", __name__, fields)
+
+
+ReadingOptions = _reading()
+Rereading = _reading("image_size")  # for a model that was trained on images of a size
+
+
+def reading_of(options: Any) -> Reading:
+    """What the options say of how data are read.
+
+    Raises:
+        InputError: a value lies outside its range.
+    """
+    return Reading(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
 
 
 def check_file(out: Path | None) -> None:

@@ -33,6 +33,7 @@ NO_EXAMPLE = Example()
 
 def fold(
     target: Model,
+    /,
     *,
     out: Annotated[Path | None, OUT] = None,
     forward_only: Flag = False,
@@ -66,6 +67,7 @@ def fold(
 
 def export(
     target: Model,
+    /,
     *,
     out: Annotated[Path, OUT],
     no_fold: Flag = False,

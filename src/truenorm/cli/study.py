@@ -14,6 +14,8 @@ from cyclopts import Parameter
 from truenorm.cli.options import (
     DONE,
     Json,
+    Label,
+    ReadingOptions,
     StudySettings,
     check_file,
     integers,
@@ -21,11 +23,16 @@ from truenorm.cli.options import (
     numbers,
     options_class,
     rate,
+    reading_of,
     widths_of,
 )
 from truenorm.studies.plan import StudyPlan
 
-_FLAGS = {"norms": "--norm", "batch_sizes": "--batch-size"}  # that are not named as their fields
+_FLAGS: dict[str, str | list[str]] = {  # of what is not named as its field
+    "norms": "--norm",
+    "batch_sizes": "--batch-size",
+    "target": ["--target", "--label"],
+}
 # The fields that a text stands for on the command line, and what reads it.
 _READ: dict[str, Callable[[str], Any]] = {
     "model": listed,
@@ -67,6 +74,7 @@ def _plan(options: Any, changes: dict[str, Any]) -> StudyPlan:
 def compare(
     *,
     data: str = "mnist",
+    reading: Annotated[ReadingOptions, Parameter(name="*", group="Reading")] = ReadingOptions(),  # type: ignore[valid-type]  # noqa: B008
     plan: Annotated[PlanOptions, Parameter(name="*", group="Study")] = PlanOptions(),  # type: ignore[valid-type]  # noqa: B008
     norm_position: Annotated[str, Parameter(group="Study")] = "before",
     widths: Annotated[str | None, Parameter(group="Study")] = None,
@@ -129,6 +137,7 @@ def compare(
             store=store,
             retry=retry,
             observe=observe,
+            reading=reading_of(reading),
         )
     if out is not None:
         report.write(study, out)
@@ -141,7 +150,7 @@ def claims(
     quick: Annotated[bool, Parameter(negative="")] = False,
     list: Annotated[bool, Parameter(negative="")] = False,
     data: str = "mnist",
-    target: str | None = None,
+    target: Label = None,
     seeds: int | None = None,
     processes: int | None = None,
     store: Path = Path("claims.sqlite"),
@@ -186,7 +195,7 @@ def claims(
     report.kind_of(out)
     from truenorm.studies.claims.testing import claims as put_to_test
 
-    with report.following(store, quiet=quiet, as_json=json) as observe:
+    with report.following(store, quiet=quiet, as_json=json) as tell:
         found = put_to_test(
             names,
             data=data,
@@ -196,8 +205,8 @@ def claims(
             processes=processes,
             store=store,
             retry=retry,
-            observe=observe,
-            found=None if json else report.finding,
+            observe=tell.observe,
+            found=tell.found,
         )
     if out is not None:
         report.write(found, out)

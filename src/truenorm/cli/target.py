@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from truenorm.cli.checkpoint import carrier_of, tensors_of
 from truenorm.data.batches import in_batches
 from truenorm.data.datasets import Dataset, Scaling
-from truenorm.data.sources import load
+from truenorm.data.readers.tables import is_table_name
+from truenorm.data.reading import Reading
+from truenorm.data.sources import load, uncut
 from truenorm.doctor.facts import MOST_BATCHES
 from truenorm.errors import InputError
 from truenorm.factories import called, foreign, found, offer, relative
@@ -102,7 +104,14 @@ def _of_run(folder: Path, data: str | None, target: str | None, most: int | None
     source = data or request.data
     if not isinstance(source, str):
         raise InputError(f"{folder}: was trained on arrays; name a source with --data.")
-    splits = load(source, target=target or trained.target, seed=request.train.seed)
+    shape = trained.input_shape
+    splits = uncut(
+        source,
+        target=target or (trained.target if is_table_name(source) else None),
+        reading=request.reading if source == request.data else Reading(),
+        preparation=trained.preparation,
+        image=shape if len(shape) == 3 else None,
+    ).cut(request.train.seed)
     trained.accept(splits.train.x[:1], source)
     size = request.train.batch_size
 

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from truenorm.cli.options import DONE, OUTCOMES, Flag, Json, Label, Settings, widths_of
+from truenorm.cli.options import (
+    DONE,
+    OUT,
+    OUTCOMES,
+    Flag,
+    Json,
+    Label,
+    ReadingOptions,
+    Rereading,
+    Settings,
+    check_file,
+    reading_of,
+    widths_of,
+)
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +43,7 @@ class NewRun:
         str,
         _help(
             "mnist, digits, breast_cancer, wine, iris; a folder of IDX files or of images per "
-            "class; a .npz, .csv or .parquet file."
+            "class; a .npz, .csv, .tsv (or .gz of these) or .parquet file."
         ),
     ] = "mnist"
     target: Label = None
@@ -83,6 +97,7 @@ class NewRun:
 def train(
     *,
     new: Annotated[NewRun, Parameter(name="*")] = NewRun(),
+    reading: Annotated[ReadingOptions, Parameter(name="*", group="Reading")] = ReadingOptions(),  # type: ignore[valid-type]  # noqa: B008
     resume: Path | None = None,
     quiet: Flag = False,
     json: Json = False,
@@ -101,7 +116,7 @@ def train(
     from truenorm.report import run, run_page
 
     changes = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    work = _job(new, changes, resume)
+    work = _job(new, reading_of(reading), changes, resume)
     ended = work.run.result()
     if ended is not None and work.longer_than is None:
         run.result(ended, as_json=json)
@@ -113,7 +128,7 @@ def train(
     return OUTCOMES.get(outcome.history.stopped, DONE)
 
 
-def _job(new: NewRun, changes: dict[str, Any], resume: Path | None) -> Job:
+def _job(new: NewRun, reading: Reading, changes: dict[str, Any], resume: Path | None) -> Job:
     from truenorm.training import job
 
     if resume is None:
@@ -124,8 +139,9 @@ def _job(new: NewRun, changes: dict[str, Any], resume: Path | None) -> Job:
             recipe=new.recipe,
             changes=changes,
             folder=new.run_dir,
+            reading=reading,
         )
-    if changes.keys() - {"epochs"} or new != NewRun():
+    if changes.keys() - {"epochs"} or new != NewRun() or reading != Reading():
         raise InputError(
             "--resume takes every choice from the run; leave out all but --epochs, --quiet and "
             "--json."
@@ -135,29 +151,34 @@ def _job(new: NewRun, changes: dict[str, Any], resume: Path | None) -> Job:
 
 def predict(
     run: Path,
-    data: str,
-    *,
-    target: str | None = None,
-    out: Path | None = None,
+    /,
+    *data: str,
+    target: Label = None,
+    reading: Annotated[Rereading, Parameter(name="*", group="Reading")] = Rereading(),  # type: ignore[valid-type]  # noqa: B008
+    out: Annotated[Path | None, OUT] = None,
     json: Json = False,
 ) -> int:
-    """Write each example's class and class probabilities, as CSV.
+    """Write each example's name, class and class probabilities, as CSV.
 
     Parameters
     ----------
     run
         A run folder, or a file that fold or export wrote from one.
     data
-        A data source like those of train, labels or not. One with a test set of its own
-        gives that.
+        A data source like those of train, labels or not, or image files. A source with a test
+        set of its own gives that.
     target
-        The label's column, to state the accuracy; by default the run's.
+        The label's column, to state the accuracy; by default the run's, if it is there.
     out
         The file to write; by default the standard output.
     """
     from truenorm.report import prediction as report
     from truenorm.training import predict as prediction
 
-    predicted = prediction.predict(run, data, target=target)
+    check_file(out)
+    if not data:
+        raise InputError("predict needs data: a data source like those of train, or image files.")
+    given = data[0] if len(data) == 1 else list(data)
+    predicted = prediction.predict(run, given, target=target, reading=reading_of(reading))
     report.predictions(predicted, out, as_json=json)
     return DONE

@@ -84,15 +84,3 @@ def in_order(
         rows = slice(start, start + size)
         weight = None if data.weight is None else data.weight[rows].to(device)
         yield Batch(scaling(data.x[rows].to(device)), data.y[rows].to(device), weight)
-
-
-def shifted(x: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Move each image of (B, C, H, W) by up to ``pixels`` in both directions, zero-filled."""
-    batch, channels, height, width = x.shape
-    padded = torch.nn.functional.pad(x, (pixels,) * 4)
-    span = 2 * pixels + 1
-    moves = torch.randint(span, (2, batch, 1, 1), generator=generator).to(x.device)
-    rows = torch.arange(height, device=x.device).view(1, -1, 1) + moves[0]
-    columns = torch.arange(width, device=x.device).view(1, 1, -1) + moves[1]
-    cells = (rows * padded.shape[-1] + columns).view(batch, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, cells).view_as(x)

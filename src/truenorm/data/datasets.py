@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from truenorm.data.preparation import Column, Preparation
 from truenorm.errors import InputError
 
 
@@ -29,6 +30,11 @@ class Dataset:
         weight: (N,) float32, each example's weight in the loss, or None for equal ones.
         features: (F,) column names of rows, or None.
         name: where the data came from, for messages and reports.
+        ids: (N,) what each example is called, a file or an id; or None.
+        rows: (N,) int64, each example's place in its source; None for the place here.
+        columns: what the columns of a table hold that is not prepared yet (its ``x`` has NaN for
+            empty cells and places in categories for texts), or None.
+        left_out: names of a table's columns that are not in ``x``, with the reasons.
     """
 
     x: Tensor
@@ -37,14 +43,30 @@ class Dataset:
     weight: Tensor | None = None
     features: tuple[str, ...] | None = None
     name: str = "data"
+    ids: np.ndarray[Any, Any] | None = None
+    rows: Tensor | None = None
+    columns: tuple[Column, ...] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, index: Tensor) -> Dataset:
         """The examples at ``index``, (M,) int64."""
-        weight = None if self.weight is None else self.weight[index]
-        return Dataset(self.x[index], self.y[index], self.classes, weight, self.features, self.name)
+        return replace(
+            self,
+            x=self.x[index],
+            y=self.y[index],
+            weight=None if self.weight is None else self.weight[index],
+            ids=None if self.ids is None else self.ids[index.numpy()],
+            rows=index if self.rows is None else self.rows[index],
+        )
+
+    def name_of(self, number: int) -> str:
+        """What the example at ``number`` is called: its file, its id, or its row in the source."""
+        if self.ids is not None:
+            return str(self.ids[number])
+        return f"row {number if self.rows is None else int(self.rows[number])}"
 
     def fingerprint(self) -> str:
         """SHA-256 of examples, labels and classes: equal data, equal fingerprint."""
@@ -107,7 +129,12 @@ class Scaling:
 class Splits:
     """Training, validation and, where there is one, test data, with the scaling for all three.
 
-    The scaling comes from the training part alone unless it is given.
+    The scaling comes from the training part alone unless it is given. Of a table that is not
+    prepared yet the preparation is learned from the training part, and all parts become numbers.
+
+    Attributes:
+        preparation: what became of a table's columns, or None.
+        notes: what the user should know of how the data were read.
 
     Raises:
         InputError: the parts differ in classes or shape, one is empty, or there are fewer
@@ -118,8 +145,12 @@ class Splits:
     valid: Dataset
     test: Dataset | None = None
     scaling: Scaling = field(default=None)  # type: ignore[assignment]  # set below
+    preparation: Preparation | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.train.columns is not None:
+            self._prepare(self.train.columns)
         for name, part in (("valid", self.valid), ("test", self.test)):
             if part is not None:
                 _same_kind(self.train, part, name)
@@ -133,6 +164,13 @@ class Splits:
             )
         if self.scaling is None:
             object.__setattr__(self, "scaling", Scaling.of(self.train.x))
+
+    def _prepare(self, columns: tuple[Column, ...]) -> None:
+        learned = Preparation.learn(self.train.x.numpy(), columns, self.train.left_out)
+        object.__setattr__(self, "preparation", learned)
+        for part in ("train", "valid", "test"):
+            if (data := getattr(self, part)) is not None:
+                object.__setattr__(self, part, prepared(data, learned))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -148,6 +186,14 @@ class Splits:
         """One digest over all parts."""
         parts = [p.fingerprint() for p in (self.train, self.valid, self.test) if p is not None]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def prepared(data: Dataset, preparation: Preparation) -> Dataset:
+    """A table's rows as numbers."""
+    if data.columns is None:
+        return data
+    x = torch.from_numpy(preparation.apply(data.x.numpy(), data.columns))
+    return replace(data, x=x, features=preparation.features, columns=None)
 
 
 def _same_kind(train: Dataset, part: Dataset, name: str) -> None:
@@ -172,6 +218,8 @@ def dataset(
     weight: Any = None,
     features: tuple[str, ...] | None = None,
     name: str = "data",
+    ids: Any = None,
+    columns: tuple[Column, ...] | None = None,
 ) -> Dataset:
     """Check arrays or tensors and hold them as a :class:`Dataset`.
 
@@ -183,12 +231,14 @@ def dataset(
         weight: (N,) finite weights of at least 0.
         features: column names of rows.
         name: what errors call the data.
+        ids: (N,) what each example is called.
+        columns: what the columns of a table hold, whose empty cells are NaN.
 
     Raises:
         InputError: shapes, NaN or infinite cells, unknown labels, or fewer than two classes;
             the text says where.
     """
-    checked = examples(x, name)
+    checked = examples(x, name, empty_cells=columns is not None)
     labels = _labels(y, len(checked), name)
     found = np.unique(labels)
     order = found if classes is None else np.asarray(classes)
@@ -211,11 +261,16 @@ def dataset(
         _weights(weight, len(checked), name),
         features,
         name,
+        None if ids is None else np.asarray(ids),
+        columns=columns,
     )
 
 
-def examples(x: Any, name: str) -> Tensor:
-    """Check examples and hold them as (N, F) or (N, C, H, W), uint8 or float32."""
+def examples(x: Any, name: str, *, empty_cells: bool = False) -> Tensor:
+    """Check examples and hold them as (N, F) or (N, C, H, W), uint8 or float32.
+
+    With ``empty_cells`` NaN is one, and passes.
+    """
     tensor = x.detach().cpu() if isinstance(x, Tensor) else _tensor(np.asarray(x), name)
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(1)
@@ -230,7 +285,8 @@ def examples(x: Any, name: str) -> Tensor:
         if tensor.is_complex():
             raise InputError(f"{name}: examples must be real numbers, got {tensor.dtype}.")
         tensor = tensor.to(torch.float32)
-        refuse_non_finite(tensor, name)
+        if not empty_cells:
+            refuse_non_finite(tensor, name)
     return tensor.contiguous()
 
 
@@ -281,8 +337,9 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
             raise InputError(f"{name}: the label of row {row} (counted from 0) is {labels[row]}.")
         if (labels != np.rint(labels)).any():
             raise InputError(
-                f"{name}: labels are fractions such as {labels[labels != np.rint(labels)][0]}; "
-                "a classifier needs classes."
+                f"{name}: labels are measurements such as {labels[labels != np.rint(labels)][0]}; "
+                "TrueNorm classifies, it does not fit curves. Name a column of classes, or cut "
+                "the measurements into ranges first."
             )
     elif labels.dtype.kind == "O":
         missing = [
@@ -382,20 +439,24 @@ class Uncut:
     test: Dataset | None = None
     valid: Dataset | None = None
     scaling: Scaling | None = None
+    notes: tuple[str, ...] = ()
 
     def cut(self, seed: int, *, valid: float = 0.2, test: float = 0.2) -> Splits:
         """Training, validation and test parts by the permutation of ``seed``."""
         if self.valid is not None:
-            return Splits(self.train, self.valid, self.test, self.scaling)  # type: ignore[arg-type]
-        return split(
-            self.train, test=test if self.test is None else self.test, valid=valid, seed=seed
-        )
+            parts = Splits(self.train, self.valid, self.test, self.scaling)  # type: ignore[arg-type]
+        else:
+            held_out = test if self.test is None else self.test
+            parts = split(self.train, test=held_out, valid=valid, seed=seed)
+        return replace(parts, notes=self.notes)
 
     def fingerprint(self) -> str:
         """One digest over all parts: equal data, equal fingerprint."""
         parts = (self.train, self.test, self.valid)
-        digests = [None if p is None else p.fingerprint() for p in parts]
+        digests: list[Any] = [None if p is None else p.fingerprint() for p in parts]
         scaling = None if self.scaling is None else self.scaling.to_json()
+        if self.train.columns and any(c.kind == "category" for c in self.train.columns):
+            digests.append(self.train.columns)  # the places in x mean nothing without
         return hashlib.sha256(repr((digests, scaling)).encode()).hexdigest()
 
 

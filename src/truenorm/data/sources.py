@@ -1,4 +1,4 @@
-"""Names and files -> data sets: embedded sets, IDX, image folders, npz, CSV and Parquet.
+"""Names, files and what Python hands over -> data sets.
 
 Each reader returns training :class:`Examples` and, where the source brings them, others for
 test and validation.
@@ -7,10 +7,11 @@ What does not parse raises InputError with the file, the place, the rule and the
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,109 +22,201 @@ from truenorm.data.datasets import (
     Uncut,
     dataset,
     examples,
+    prepared,
 )
+from truenorm.data.preparation import Preparation
 from truenorm.data.readers.examples import Array, Examples, Source
+from truenorm.data.readers.handed import handed
 from truenorm.data.readers.idx import is_idx_name, read_idx_folder
-from truenorm.data.readers.images import read_image_folder
+from truenorm.data.readers.images import is_image_name, read_image_files, read_image_folder
 from truenorm.data.readers.npz import read_npz
-from truenorm.data.readers.tables import read_table
+from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, read_table
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
 
+class Unlabelled(NamedTuple):
+    """What a trained model is to judge."""
+
+    x: torch.Tensor  # (N, ...) as the model takes it before scaling
+    labels: Array | None  # (N,) where they are known
+    ids: Array | None  # (N,) what each is called
+    notes: tuple[str, ...]
+
+
 def load(
-    source: Any, *, target: str | None = None, seed: int = 0, valid: float = 0.2, test: float = 0.2
+    source: Any,
+    *,
+    target: str | None = None,
+    seed: int = 0,
+    valid: float = 0.2,
+    test: float = 0.2,
+    **reading: Any,
 ) -> Splits:
     """Load a data source and cut it into training, validation and test parts.
 
     Args:
         source: ``mnist``, ``digits``, ``breast_cancer``, ``wine`` or ``iris`` (embedded); a
             folder of IDX files (gzipped or not); a folder of images per class; a ``.npz``,
-            ``.csv`` or ``.parquet`` file; or, from Python, a pair (x, y) of arrays or tensors.
-        target: the label's column, for ``.csv`` and ``.parquet``.
+            ``.csv``, ``.tsv`` (gzipped or not) or ``.parquet`` file; or, from Python, a pair
+            (x, y) of arrays or tensors, a torch data set or loader of such pairs, or a data
+            frame.
+        target: the label's column, for tables.
         seed: of the permutation that cuts the parts.
         valid: the share of the training examples held out for validation.
         test: the share held out for the final test where the source has no test set itself.
             A source that brings a validation part but no test part is used as it is, untested.
+        reading: fields of :class:`truenorm.data.reading.Reading`: ``image_size`` and
+            ``skip_unreadable`` for images; ``id``, ``missing`` and ``encoding`` for tables.
 
     Raises:
         InputError: nothing such exists, or it does not parse.
     """
-    return uncut(source, target=target).cut(seed, valid=valid, test=test)
+    return uncut(source, target=target, reading=reading_of(reading)).cut(
+        seed, valid=valid, test=test
+    )
 
 
-def uncut(source: Any, *, target: str | None = None) -> Uncut:
+def reading_of(fields: dict[str, Any]) -> Reading:
+    """The Reading with these fields.
+
+    Raises:
+        InputError: there is no such field, or a value lies outside its range.
+    """
+    known = [f.name for f in dataclasses.fields(Reading)]
+    for name in fields:
+        if name not in known:
+            raise InputError(f"load has no argument {name!r}; choose from {', '.join(known)}.")
+    return Reading(**fields)
+
+
+def uncut(
+    source: Any,
+    *,
+    target: str | None = None,
+    reading: Reading | None = None,
+    preparation: Preparation | None = None,
+    image: tuple[int, ...] | None = None,
+) -> Uncut:
     """Load a data source as :func:`load` does, without cutting it.
 
+    ``preparation`` and ``image``, (C, H, W), are those of a model, to which the data are brought;
+    by default they are what suits the data.
+
     Raises:
         InputError: nothing such exists, or it does not parse.
     """
-    if isinstance(source, tuple):
-        return Uncut(dataset(*source))
-    found = read(source, target=target)
+    reading = reading or Reading()
+    if not isinstance(source, str | Path):
+        return Uncut(_labelled(handed(source, target, reading), None))
+    found = read(source, Asked(target, preparation), reading, image)
     labelled = _labelled(found.train, found.train.order)
     test = None if found.test is None else _labelled(found.test, labelled.classes)
     valid = None if found.valid is None else _labelled(found.valid, labelled.classes)
-    return Uncut(labelled, test, valid)
+    if preparation is not None:
+        labelled = prepared(labelled, preparation)
+    notes = [n for part in found if part is not None for n in part.notes]
+    return Uncut(labelled, test, valid, notes=tuple(dict.fromkeys(notes)))
 
 
 def load_for_prediction(
     source: Any,
     *,
     features: tuple[str, ...] | None,
+    preparation: Preparation | None,
     target: str | None,
-    grey: bool | None = None,
-) -> tuple[torch.Tensor, Array | None]:
+    label: str | None,
+    image: tuple[int, ...] | None,
+    reading: Reading | None = None,
+) -> Unlabelled:
     """Load what a trained model is to judge: examples, and their labels if they are known.
 
-    A source that brings its own test set gives that; any other gives all its examples.
-    ``features`` are the columns the model was trained on; they are taken by name. ``grey``
-    says whether images of a folder become grey or colour; by default as most files need.
+    A source that brings its own test set gives that; any other gives all its examples. One image
+    or a list of image files will do where the model was trained on images.
+
+    Args:
+        source: as for :func:`load`.
+        features: the columns the model was trained on; they are taken by name.
+        preparation: what the model's training made of a table's columns.
+        target: the label's column as the user named it; it must be there.
+        label: the label's column in training; it may be there.
+        image: (C, H, W) of the images that the model was trained on.
+        reading: how.
 
     Raises:
         InputError: nothing such exists, it does not parse, or a column is missing.
     """
-    found = read(source, target=target, features=features, labels_needed=False, grey=grey)
+    old = features if preparation is None else None
+    asked = Asked(target or label, preparation, old, False, target is not None)
+    found = read(source, asked, reading or Reading(), image=image)
     part = found.train if found.test is None else found.test
-    return examples(part.x, part.name), part.y
+    x = part.x
+    if preparation is not None and part.columns is not None:
+        x = preparation.apply(x, part.columns)
+    return Unlabelled(examples(x, part.name), part.y, part.ids, part.notes)
 
 
 def _labelled(part: Examples, classes: tuple[Any, ...] | None) -> Dataset:
-    assert part.y is not None, "readers give labels unless told that none are needed"
-    return dataset(part.x, part.y, classes=classes, features=part.features, name=part.name)
+    if part.y is None:
+        raise InputError(f"{part.name}: has no labels to learn from; give them.")
+    held = dataset(
+        part.x,
+        part.y,
+        classes=classes,
+        features=part.features,
+        name=part.name,
+        ids=part.ids,
+        columns=part.columns,
+    )
+    return dataclasses.replace(held, left_out=part.left_out)
 
 
 def read(
-    source: Any,
-    *,
-    target: str | None = None,
-    features: tuple[str, ...] | None = None,
-    labels_needed: bool = True,
-    grey: bool | None = None,
+    source: Any, asked: Asked, reading: Reading, image: tuple[int, ...] | None = None
 ) -> Source:
     """Find the reader of ``source`` by its name or by what lies at its path, and read it.
 
     Raises:
-        InputError: nothing such exists, or it does not parse.
+        InputError: nothing such exists, it does not parse, or a column is asked of what is no
+            table.
     """
-    if str(source) in EMBEDDED:
-        return EMBEDDED[str(source)]()
-    path = Path(source)
-    if not path.exists():
+    if isinstance(source, list | tuple):
+        return read_image_files([Path(p) for p in source], image, reading)
+    name, path = str(source), Path(source)
+    if name not in EMBEDDED and not path.exists():
         raise InputError(
-            f"data {str(source)!r} is neither a file or folder nor an embedded data set "
+            f"data {name!r} is neither a file or folder nor an embedded data set "
             f"({', '.join(EMBEDDED)}); correct the path."
         )
+    if name not in EMBEDDED and path.is_file() and is_table_name(path.name):
+        return Source(read_table(path, asked, reading), None)
+    named = asked.target if asked.label_known else None
+    for option, value in (("target", named), ("id", reading.id)):
+        if value is not None:
+            raise InputError(
+                f"{name}: is no table, so it has no column {value!r}; leave --{option} out."
+            )
+    if name in EMBEDDED:
+        return EMBEDDED[name]()
+    return _of_path(path, asked.labels_needed, reading, image)
+
+
+def _of_path(
+    path: Path, labels_needed: bool, reading: Reading, image: tuple[int, ...] | None
+) -> Source:
+    """What lies at a path and is no table."""
     if path.is_dir():
         if any(is_idx_name(p.name) for p in path.iterdir()):
             return read_idx_folder(path, labels_needed)
-        return read_image_folder(path, labels_needed, grey)
-    if path.suffix == ".npz":
+        return read_image_folder(path, labels_needed, image, reading)
+    if path.suffix.lower() == ".npz":
         return read_npz(path, labels_needed)
-    if path.suffix in (".csv", ".parquet"):
-        return Source(read_table(path, target, features, labels_needed), None)
+    if is_image_name(path.name) and not labels_needed:
+        return read_image_files([path], image, reading)
     raise InputError(
         f"{path}: cannot tell what this is from {path.suffix or 'a name without an ending'!r}; "
-        "give a .npz, .csv or .parquet file, a folder of IDX files or a folder of images per class."
+        f"give a .npz, {', '.join(TEXT_ENDINGS)} or .parquet file, a folder of IDX files or a "
+        "folder of images per class."
     )
 
 

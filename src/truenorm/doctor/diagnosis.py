@@ -13,6 +13,7 @@ from torch import nn
 
 from truenorm.calling.borrowing import borrowed, eager, to_eval
 from truenorm.calling.call import Arguments, Loss
+from truenorm.cores import share_cores
 from truenorm.doctor.check import SEVERITIES, Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
 from truenorm.doctor.facts import Facts, gather, observe
@@ -168,7 +169,8 @@ def examine(
             meta device, whose tensors have no values.
     """
     given = {"optimizer": optimizer, "loss": loss, "device": device, "arguments": arguments}
-    return _examine(model, data, CHECKS, given)
+    with share_cores():
+        return _examine(model, data, CHECKS, given)
 
 
 def _examine(

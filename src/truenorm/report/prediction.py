@@ -20,6 +20,8 @@ def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> No
     """
     if out is not None:
         write_atomically(out, lambda path: path.write_text(_csv(predicted), "utf-8"))
+    for note in predicted.notes:
+        print(note, file=sys.stderr)
     scores = predicted.scores
     if as_json:
         about: dict[str, Any] = {
@@ -32,22 +34,25 @@ def predictions(predicted: Prediction, out: Path | None, *, as_json: bool) -> No
             "out": None if out is None else str(out),
         }
         if out is None:
+            about[predicted.called] = predicted.names
             about["predicted"] = predicted.predicted
             about["probabilities"] = predicted.probabilities.tolist()
         print(to_json(about))
         return
     if out is None:
         sys.stdout.write(_csv(predicted))
-    summary = f"{len(predicted.predicted):,} examples"
+    count = len(predicted.predicted)
+    summary = f"{count:,} example{'s' * (count != 1)}"
     if scores is not None:
         summary += f", accuracy {scores.accuracy:.2%}"
-    print(summary, file=sys.stderr)
+    print(summary if out is None else f"{summary}; {out}", file=sys.stderr)
 
 
 def _csv(predicted: Prediction) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", *(f"p({c})" for c in predicted.classes)])
-    for label, row in zip(predicted.predicted, predicted.probabilities.tolist(), strict=True):
-        writer.writerow([label, *(f"{p:.6g}" for p in row)])
+    writer.writerow([predicted.called, "class", *(f"p({c})" for c in predicted.classes)])
+    rows = zip(predicted.names, predicted.predicted, predicted.probabilities.tolist(), strict=True)
+    for name, label, row in rows:
+        writer.writerow([name, label, *(f"{p:.6g}" for p in row)])
     return text.getvalue()

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from truenorm.data.preparation import Preparation
 from truenorm.files import to_json
 from truenorm.training.history import Observer
 from truenorm.training.job import Job
@@ -45,6 +48,10 @@ def _introduce(console: Console, job: Job) -> None:
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
     norm = "its own norms" if spec.norm == "own" else f"norm {spec.norm}"
+    for note in splits.notes:
+        console.print(note, markup=False)
+    if splits.preparation is not None and not splits.preparation.plain:
+        console.print(_columns_table(splits.preparation))
     console.print(
         f"{splits.train.name}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} "
         f"test examples of {shape}, {len(splits.classes)} classes"
@@ -59,6 +66,15 @@ def _introduce(console: Console, job: Job) -> None:
             f"goes on: {config.epochs} epochs in place of {job.longer_than}; the rate follows "
             f"schedule {config.schedule} over {config.epochs}, and patience counts anew"
         )
+
+
+def _columns_table(preparation: Preparation) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "kind", "what became of it"):
+        table.add_column(heading, overflow="fold")
+    for row in preparation.table():
+        table.add_row(*map(escape, row))
+    return table
 
 
 _STOPPED = {
@@ -96,8 +112,23 @@ def _result_lines(values: dict[str, Any]) -> Iterator[str]:
             f"test accuracy {values['test_accuracy']:.2%} on {values['test_examples']:,} held-out "
             "examples"
         )
+    yield from _beside_accuracy(values)
     yield f"{values['run']}/report.html"
     yield from _how_to_continue(values)
+
+
+def _beside_accuracy(values: dict[str, Any]) -> Iterator[str]:
+    """What accuracy hides; a run of before does not say."""
+    if values.get("majority_share") is None:
+        return
+    share, tested = values["majority_share"], values["test_accuracy"]
+    accuracy = values["val_accuracy"] if tested is None else tested
+    yield (
+        f"balanced accuracy {values['balanced_accuracy']:.2%}, mean F1 {values['macro_f1']:.3f}; "
+        f"always answering {values['majority']} would be right for {share:.2%}"
+    )
+    if accuracy <= share:
+        yield "the model is no better than that: nothing that tells the classes apart was learned"
 
 
 def _how_to_continue(values: dict[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits, Uncut
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.factories import is_factory
 from truenorm.models import build, identified
@@ -34,6 +35,7 @@ def compare(
     store: Path | str | None = None,
     retry: bool = False,
     observe: StudyObserver | None = None,
+    reading: Reading | None = None,
     **fields: Any,
 ) -> Study:
     """Train every variant with every seed, and say which norm serves the task, if one can tell.
@@ -50,6 +52,7 @@ def compare(
             memory. What it holds already is not run again.
         retry: run again what failed.
         observe: told of progress.
+        reading: how the data are read.
         fields: those of :class:`truenorm.studies.plan.StudyPlan`, in place of the plan's own.
 
     Raises:
@@ -58,7 +61,7 @@ def compare(
     """
     plan = StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
     _refuse_main(plan, processes, engine)
-    uncut, splits = _data(data, plan)
+    uncut, splits = _data(data, plan, reading)
     question = _question(plan, splits)
     seeds = plan.judged_seeds(question.least_seeds())
     work = runner_of(
@@ -100,11 +103,11 @@ def _refuse_main(plan: StudyPlan, processes: int | None, engine: str) -> None:
         )
 
 
-def _data(data: Any, plan: StudyPlan) -> tuple[Uncut, Splits]:
+def _data(data: Any, plan: StudyPlan, reading: Reading | None) -> tuple[Uncut, Splits]:
     """The data, and how the first seed cuts them."""
     if isinstance(data, Splits):
         return Uncut(data.train, data.test, data.valid, data.scaling), data
-    uncut = sources.uncut(data, target=plan.target)
+    uncut = sources.uncut(data, target=plan.target, reading=reading)
     return uncut, uncut.cut(plan.first_seed())
 
 
@@ -123,6 +126,7 @@ def _built(variant: Variant, splits: Splits) -> Variant:
     """``variant``, once it was built; one of a factory's with the digest of what that builds."""
     shape, classes = splits.input_shape, len(splits.classes)
     device_of(variant.config.device)
+    variant.config.check_shape(splits.input_shape)
     model = build(variant.spec, shape, classes, seed=0)
     if not is_factory(variant.spec.name):
         return variant

@@ -42,7 +42,7 @@ class Trial:
         asked = {
             "data": fingerprint,
             "spec": self.spec.to_json(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.to_json(),
             "part": self.part,
             "truenorm": metadata.version("truenorm"),
             "torch": torch.__version__,

@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from truenorm.data.datasets import Dataset, Scaling, Uncut
+from truenorm.data.preparation import columns_of
 from truenorm.studies.bench import Bench
 from truenorm.studies.trial import ATTEMPTS, Row, Trial, failed
 
@@ -60,12 +61,11 @@ def write_data(data: Uncut, path: Path) -> None:
         part: Dataset | None = getattr(data, name)
         if part is None:
             continue
-        columns = {"x": part.x, "y": part.y, "weight": part.weight}
+        held = {"x": part.x, "y": part.y, "weight": part.weight}
         # Copied, because safetensors takes no two tensors of one memory, as slices are.
-        tensors |= {
-            f"{name}.{k}": v.contiguous().clone() for k, v in columns.items() if v is not None
-        }
-        about[name] = {"classes": part.classes, "name": part.name}
+        tensors |= {f"{name}.{k}": v.contiguous().clone() for k, v in held.items() if v is not None}
+        columns = None if part.columns is None else [asdict(c) for c in part.columns]
+        about[name] = {"classes": part.classes, "name": part.name, "columns": columns}
     safetensors.torch.save_file(tensors, path, {"about": json.dumps(about, default=str)})
 
 
@@ -81,12 +81,13 @@ def map_data(path: Path) -> Uncut:
             tuple(about[name]["classes"]),
             tensors.get(f"{name}.weight"),
             name=about[name]["name"],
+            columns=columns_of(about[name]["columns"]),
         )
         for name in _PARTS
         if name in about
     }
     scaling = None if about["scaling"] is None else Scaling.from_json(about["scaling"])
-    return Uncut(**parts, scaling=scaling)
+    return Uncut(parts["train"], parts.get("test"), parts.get("valid"), scaling)
 
 
 # The parent's side ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from truenorm.errors import InputError, choose
 Schedule = Literal["constant", "cosine", "onecycle"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Amp = Literal["auto", "off", "bf16"]
+Augment = Literal["none", "light"]
 Recipe = Literal["default", "classic"]
 RECIPES: tuple[str, ...] = get_args(Recipe)
 
@@ -45,6 +46,9 @@ class TrainConfig:
     decay_all: bool = option(False, "Decay normalization parameters and biases too.")
     label_smoothing: float = option(0.0, "Share of each label spread over all classes.")
     shift: int = option(0, "Augment images: move each by up to this many pixels.")
+    augment: Augment = option(
+        "none", "light: crop and light images a little; in colour, mirror and tint them too."
+    )
     accumulate: int = option(1, "Batches whose gradients are pooled into one step.")
     clip_norm: float | None = option(None, "Clip the gradient to this 2-norm.")
     amp: Amp = option("off", "bf16 autocast; auto: where the hardware multiplies bf16.")
@@ -56,6 +60,7 @@ class TrainConfig:
         choose("optimizer", self.optimizer, get_args(OptimizerName))
         choose("schedule", self.schedule, get_args(Schedule))
         choose("amp", self.amp, get_args(Amp))
+        choose("augment", self.augment, get_args(Augment))
         for name in ("epochs", "batch_size", "patience", "accumulate"):
             self._need(name, "must be an integer of at least 1", _whole(getattr(self, name), 1))
         for name in ("shift", "seed"):
@@ -71,6 +76,33 @@ class TrainConfig:
             value = getattr(self, name)
             self._need(name, "must lie in [0, 1)", _finite(value) and 0 <= value < 1)
         self._need("seed", "must be below 2**63", self.seed < 2**63)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; later ones only where they say something.
+
+        Digests over configs that older versions stored stay as they were.
+        """
+        later = {"augment": "none"}
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in later or v != later[k]}
+
+    def augmentation(self) -> dict[str, Any]:
+        """The fields that change images in training, where they do."""
+        idle = {"shift": 0, "augment": "none"}
+        return {k: v for k, v in vars(self).items() if k in idle and v != idle[k]}
+
+    def check_shape(self, input_shape: tuple[int, ...]) -> None:
+        """Refuse to move or crop what is no image.
+
+        Raises:
+            InputError: examples of ``input_shape``, (F,) or (C, H, W), are rows.
+        """
+        for name, value in self.augmentation().items():
+            if len(input_shape) != 3:
+                raise InputError(
+                    f"{name} changes images, got {value!r} for rows of {input_shape[0]} numbers; "
+                    f"leave {name} out."
+                )
 
     def _need(self, name: str, rule: str, kept: bool) -> None:
         if not kept:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_
 
 from truenorm.calling.call import Call, Loss
 from truenorm.calling.nested import examples_of, tensors_in
-from truenorm.data.batches import Batch, chunks, in_batches, in_order, shifted
+from truenorm.data.augmentation import lightly, shifted
+from truenorm.data.batches import Batch, chunks, in_batches, in_order
 from truenorm.data.datasets import Dataset, Splits
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig
@@ -69,6 +70,7 @@ class InMemory:
     """:class:`Splits`: examples gathered, scaled and, where the config says so, moved here."""
 
     def __init__(self, splits: Splits, config: TrainConfig, device: torch.device) -> None:
+        config.check_shape(splits.input_shape)
         self.splits, self._config, self._device = splits, config, device
         self.examples = len(splits.train)
         self.batches = len(chunks(torch.arange(self.examples), config.batch_size))
@@ -77,8 +79,10 @@ class InMemory:
         config, splits = self._config, self.splits
         order, generator = self.order(number)
         batches = in_batches(splits.train, order, config.batch_size, splits.scaling, self._device)
-        if config.shift and len(splits.input_shape) == 3:
-            return (b._replace(x=shifted(b.x, config.shift, generator)) for b in batches)
+        if config.shift:
+            batches = (b._replace(x=shifted(b.x, config.shift, generator)) for b in batches)
+        if config.augment == "light":
+            batches = (b._replace(x=lightly(b.x, generator)) for b in batches)
         return batches
 
     def order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
@@ -135,10 +139,10 @@ class Loaded:
     """
 
     def __init__(self, train: Any, valid: Any, config: TrainConfig, model: nn.Module) -> None:
-        if config.shift:
+        for name, value in config.augmentation().items():
             raise InputError(
-                f"shift moves the images of Splits, got {config.shift} with data of your own; "
-                "augment in your Dataset, and leave shift at 0."
+                f"{name} moves the images of Splits, got {value!r} with data of your own; "
+                f"augment in your Dataset, and leave {name} out."
             )
         self._config, self._call = config, Call(model)
         self._train, self._valid = train, valid

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from truenorm.calling.borrowing import Randoms, evaluating
 from truenorm.calling.call import Loss, model_device
+from truenorm.cores import share_cores
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
 from truenorm.training.config import TrainConfig
@@ -107,6 +108,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=generators))
         stack.enter_context(threads(config.threads))
+        stack.enter_context(share_cores())
         model.to(device)
         feed = feed_of(data, valid, config, model)
         if not isinstance(feed, InMemory):

@@ -13,6 +13,7 @@ from torch import nn
 
 from truenorm.data import sources
 from truenorm.data.datasets import Splits
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.factories import is_factory
 from truenorm.models import ModelSpec, build
@@ -123,6 +124,7 @@ def result_of(
         "val_accuracy": best.valid_accuracy if best else None,
         "test_loss": tested.loss if tested else None,
         "test_accuracy": tested.accuracy if tested else None,
+        **_by_class(judgement),
         "fit_seconds": history.seconds,
         "fault": history.fault,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -134,6 +136,20 @@ def result_of(
     }
 
 
+def _by_class(judgement: Judgement | None) -> dict[str, Any]:
+    """What accuracy hides, of the part that was judged."""
+    if judgement is None:
+        return dict.fromkeys(("majority_share", "balanced_accuracy", "macro_f1", "f1"))
+    scores, classes = judgement.by_class, judgement.data.classes
+    return {
+        "majority": classes[scores.majority],
+        "majority_share": scores.majority_share,
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_f1": scores.macro_f1,
+        "f1": {str(c): of.f1 for c, of in zip(classes, scores.of, strict=True)},
+    }
+
+
 def start(
     data: str,
     spec: ModelSpec,
@@ -142,6 +158,7 @@ def start(
     recipe: str = "default",
     changes: dict[str, Any] | None = None,
     folder: Path | None = None,
+    reading: Reading | None = None,
 ) -> Job:
     """Load ``data``, settle the config and claim a run folder.
 
@@ -152,13 +169,15 @@ def start(
         recipe: ``default`` or ``classic``.
         changes: fields of TrainConfig that win over the recipe's.
         folder: the run folder; by default a new one in ``runs/``, named after the job.
+        reading: how the data are read.
 
     Raises:
         InputError: data, model, config or folder will not do.
     """
     changes = changes or {}
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
-    splits = sources.load(data, target=target, seed=changes.get("seed", 0))
+    reading = reading or Reading()
+    splits = sources.uncut(data, target=target, reading=reading).cut(changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
     model = build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
     if is_factory(spec.name):
@@ -167,7 +186,8 @@ def start(
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
     device_of(config.device)
-    request = Request(spec, config, recipe, source, target, splits.fingerprint())
+    config.check_shape(splits.input_shape)
+    request = Request(spec, config, recipe, source, target, splits.fingerprint(), reading)
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
 
@@ -190,7 +210,8 @@ def resume(folder: Path, *, epochs: int | None = None) -> Job:
             f"{folder}: its data or model came from Python; resume it there with "
             "truenorm.fit(..., run=truenorm.Run.open(folder))."
         )
-    splits = sources.load(request.data, target=request.target, seed=request.train.seed)
+    uncut = sources.uncut(request.data, target=request.target, reading=request.reading)
+    splits = uncut.cut(request.train.seed)
     if splits.fingerprint() != request.fingerprint:
         raise InputError(
             f"{request.data}: has changed since {folder} began; put the old data back, or start "

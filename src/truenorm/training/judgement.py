@@ -13,6 +13,7 @@ from truenorm.data.batches import in_order
 from truenorm.data.datasets import Dataset, Scaling, Splits
 from truenorm.layers.norms import NORMS
 from truenorm.training.evaluate import Scores, logits_of, score
+from truenorm.training.metrics import ClassScores
 
 
 def confusion(logits: Tensor, data: Dataset) -> Tensor:
@@ -26,6 +27,7 @@ class Mistake(NamedTuple):
     """One misclassified example."""
 
     number: int  # its place in the data
+    name: str  # its file, its id, or its row in the source
     true: int
     predicted: int
     confidence: float  # probability given to the wrong class
@@ -39,7 +41,13 @@ def worst(logits: Tensor, data: Dataset, most: int = 24) -> list[Mistake]:
     wrong = (predicted != data.y).nonzero().squeeze(1)
     order = wrong[of_true[wrong].argsort()][:most]
     return [
-        Mistake(i, int(data.y[i]), int(predicted[i]), float(probabilities[i, int(predicted[i])]))
+        Mistake(
+            i,
+            data.name_of(i),
+            int(data.y[i]),
+            int(predicted[i]),
+            float(probabilities[i, int(predicted[i])]),
+        )
         for i in order.tolist()
     ]
 
@@ -116,6 +124,7 @@ class Judgement:
         data: its examples.
         scores: loss and accuracy.
         confusion: (K, K) counts, row true, column predicted.
+        by_class: what the confusion says of each class.
         mistakes: the worst misclassified examples.
         norms: every normalization at work.
     """
@@ -124,6 +133,7 @@ class Judgement:
     data: Dataset
     scores: Scores
     confusion: Tensor
+    by_class: ClassScores
     mistakes: list[Mistake]
     norms: list[NormView]
 
@@ -133,11 +143,13 @@ def judge(model: nn.Module, splits: Splits) -> Judgement:
     part, data = ("validation", splits.valid) if splits.test is None else ("test", splits.test)
     device = next(model.parameters()).device
     logits = logits_of(model, data, splits.scaling, device)
+    confused = confusion(logits, data)
     return Judgement(
         part,
         data,
         score(logits, data),
-        confusion(logits, data),
+        confused,
+        ClassScores.from_confusion(confused),
         worst(logits, data),
         view_norms(model, data, splits.scaling, device),
     )

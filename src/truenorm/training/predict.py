@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.data.datasets import Scaling, dataset
+from truenorm.data.reading import Reading
 from truenorm.data.sources import load_for_prediction
 from truenorm.errors import InputError
 from truenorm.folding.export import FORMATS, Program, load_program
 from truenorm.training.evaluate import Scores, logits_of, score
-from truenorm.training.saved import Trained, load_model
+from truenorm.training.saved import Trained, load_model, preparation_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Prediction:
         predicted: the N predicted labels.
         probabilities: (N, K) float32.
         scores: loss and accuracy, where the data have labels.
+        called: what the examples' names are: "file", the id's column, or "row".
+        names: the N names.
+        notes: what the user should know of how the data were read.
     """
 
     run: str
@@ -36,36 +40,59 @@ class Prediction:
     predicted: list[Any]
     probabilities: Tensor
     scores: Scores | None
+    called: str
+    names: list[Any]
+    notes: tuple[str, ...] = ()
 
 
-def predict(run: Path | str, data: str, *, target: str | None = None) -> Prediction:
+def predict(
+    run: Path | str,
+    data: str | list[str],
+    *,
+    target: str | None = None,
+    reading: Reading | None = None,
+) -> Prediction:
     """Classify ``data`` by the best model of ``run``.
 
     Args:
         run: a run folder, a file that ``truenorm fold`` wrote, or one that ``truenorm export``
             wrote.
-        data: a data source.
-        target: the label's column.
+        data: a data source, or a list of image files.
+        target: the label's column, to score by; by default the run's, if it is there.
+        reading: how the data are read; by default as training did, but for the id.
 
     Raises:
         InputError: no such run or data, or the data are not of the kind it was trained on.
     """
     path = Path(run)
     trained = _exported(path) if path.suffix in FORMATS else load_model(run)
-    grey = trained.input_shape[0] == 1 if len(trained.input_shape) == 3 else None
-    x, labels = load_for_prediction(
-        data, features=trained.features, target=target or trained.target, grey=grey
+    reading = reading or Reading()
+    name = data if isinstance(data, str) else f"{len(data)} images"
+    given = load_for_prediction(
+        data,
+        features=trained.features,
+        preparation=trained.preparation,
+        target=target,
+        label=trained.target,
+        image=trained.input_shape if len(trained.input_shape) == 3 else None,
+        reading=reading,
     )
-    unlabelled = trained.accept(x, data)
-    known = None if labels is None else dataset(x, labels, classes=trained.classes, name=data)
+    unlabelled = trained.accept(given.x, name)
+    known = None
+    if given.labels is not None:
+        known = dataset(given.x, given.labels, classes=trained.classes, name=name)
     logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
+    called = reading.id or ("row" if given.ids is None else "file")
     return Prediction(
         str(run),
-        data,
+        name,
         trained.classes,
         [trained.classes[i] for i in logits.argmax(1).tolist()],
         logits.softmax(1),
         None if known is None else score(logits, known),
+        called,
+        list(range(len(given.x))) if given.ids is None else given.ids.tolist(),
+        given.notes,
     )
 
 
@@ -98,4 +125,5 @@ def _exported(path: Path) -> Trained:
         tuple(about["classes"]),
         None if features is None else tuple(features),
         about.get("target"),
+        preparation_of(about),
     )

@@ -14,12 +14,13 @@ import csv
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
 from truenorm.provenance import environment
@@ -44,10 +45,11 @@ class Request:
     data: str | None = None
     target: str | None = None
     fingerprint: str | None = None
+    reading: Reading = field(default_factory=Reading)
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with the parts' own fields inside."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "reading": self.reading.to_json()}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Request:
@@ -55,7 +57,9 @@ class Request:
         from truenorm.models import ModelSpec
 
         spec = None if stored["spec"] is None else ModelSpec.from_json(stored["spec"])
-        return cls(**{**stored, "spec": spec, "train": TrainConfig(**stored["train"])})
+        reading = Reading(**stored.get("reading", {}))
+        made = {"spec": spec, "train": TrainConfig(**stored["train"]), "reading": reading}
+        return cls(**{**stored, **made})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.data.datasets import Dataset, Scaling, Splits
+from truenorm.data.preparation import Preparation
 from truenorm.errors import InputError, one_line
 from truenorm.factories import is_factory
 from truenorm.files import write_atomically
@@ -35,6 +36,7 @@ class Trained:
     classes: tuple[Any, ...]
     features: tuple[str, ...] | None
     target: str | None
+    preparation: Preparation | None = None
 
     def accept(self, x: Tensor, name: str) -> Dataset:
         """Hold examples (N, ...) for prediction.
@@ -81,6 +83,7 @@ def describe(request: Request, splits: Splits) -> dict[str, Any]:
         "classes": list(splits.classes),
         "features": None if features is None else list(features),
         "target": request.target,
+        "preparation": None if splits.preparation is None else splits.preparation.to_json(),
         "version": metadata.version("truenorm"),
     }
 
@@ -153,7 +156,14 @@ def load_model(place: Path | str) -> Trained:
         tuple(about["classes"]),
         features,
         about["target"],
+        preparation_of(about),
     )
+
+
+def preparation_of(about: dict[str, Any]) -> Preparation | None:
+    """What training made of a table's columns, as a model's metadata keep it; None of old ones."""
+    stored = about.get("preparation")
+    return None if stored is None else Preparation.from_json(stored)
 
 
 def load_folded(model: nn.Module, path: Path | str) -> nn.Module:

@@ -1,97 +1,344 @@
-"""Tables: csv and parquet."""
+"""Tables: csv and its kin, parquet, and tables in memory."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from truenorm.data.datasets import refuse_non_finite
+from truenorm.data.preparation import Column, Preparation
 from truenorm.data.readers.examples import Array, Examples
-from truenorm.errors import InputError
+from truenorm.data.readers.text import delimiter_of, encoding_of
+from truenorm.data.reading import Reading
+from truenorm.errors import InputError, one_line
+
+TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_NOTHING: tuple[str, ...] = ()
+_MOST_CATEGORIES = 50  # more different texts are names or sentences, from which nothing is learned
+_HEAD = 2**20
+_EMPTY_WORDS = frozenset(
+    ["", "?", "-", "--", ".", "na", "n/a", "#n/a", "nan", "null", "none", "missing", "unknown"]
+)
+_DATE = re.compile(
+    r"\d{1,4}[-/.年]\d{1,2}[-/.月]\d{1,4}日?"
+    r"([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?"
+)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?(\d{1,3}(\.\d{3})+|\d+)(,\d+)?")
 
 
-def read_table(
-    path: Path, target: str | None, features: tuple[str, ...] | None, labels_needed: bool
-) -> Examples:
-    """Read a .csv or .parquet file; ``target`` names the label's column.
+class Asked(NamedTuple):
+    """What a model that was trained on a table asks of another one; without, all is learned."""
+
+    target: str | None
+    preparation: Preparation | None = None
+    features: tuple[str, ...] | None = None  # of a model that keeps no preparation
+    labels_needed: bool = True
+    label_known: bool = True  # whether the user named the target for this very table
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a file so named is read as a table."""
+    return name.lower().endswith((*TEXT_ENDINGS, ".parquet"))
+
+
+def read_table(path: Path, asked: Asked, reading: Reading) -> Examples:
+    """Read a .csv, .tsv (gzipped or not) or .parquet file.
 
     Raises:
         InputError: it does not parse; the text tells the file, the place and the rule.
     """
     import pyarrow as arrow
-    import pyarrow.csv
     import pyarrow.parquet
 
+    as_text = _texts_of(asked, reading)
     try:
-        if path.suffix == ".csv":
-            table = pyarrow.csv.read_csv(path)
+        if path.name.lower().endswith(".parquet"):
+            table, notes = pyarrow.parquet.read_table(path), _NOTHING
         else:
-            table = pyarrow.parquet.read_table(path)
-    except (arrow.ArrowInvalid, arrow.ArrowKeyError, OSError) as error:
-        raise InputError(f"{path}: does not parse: {error}; mend the file.") from error
-    columns: list[str] = table.column_names
-    twice = [c for i, c in enumerate(columns) if c in columns[:i]]
-    if twice:
-        raise InputError(f"{path}: has two columns named {twice[0]!r}; rename one.")
-    if target is None and labels_needed:
+            table, notes = _read_text(path, as_text, reading)
+    except (arrow.ArrowInvalid, arrow.ArrowKeyError, UnicodeError, OSError, EOFError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        raise InputError(f"{path}: does not parse: {one_line(error)}; mend the file.") from error
+    return examples_of(table, str(path), asked, reading, notes)
+
+
+def _texts_of(asked: Asked, reading: Reading) -> list[str]:
+    """The columns whose cells are texts whatever they look like."""
+    known = () if asked.preparation is None else asked.preparation.columns
+    named = [c.name for c in known if c.kind == "category"]
+    return named + ([] if reading.id is None else [reading.id])
+
+
+def _read_text(path: Path, as_text: list[str], reading: Reading) -> tuple[Any, tuple[str, ...]]:
+    import pyarrow as arrow
+    import pyarrow.csv
+
+    with arrow.input_stream(str(path)) as stream:  # unpacks what ends in .gz
+        head = stream.read(_HEAD)
+    if not head.strip():
+        raise InputError(f"{path}: is empty; a table needs a line of column names and rows.")
+    encoding = reading.encoding or encoding_of(head, str(path))
+    delimiter = delimiter_of(head.decode(encoding, "replace"))
+    lean = {"utf-8-sig": "utf-8"}.get(encoding, encoding)  # arrow takes the mark away itself
+    table = pyarrow.csv.read_csv(
+        str(path),
+        pyarrow.csv.ReadOptions(encoding=lean),
+        pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=b'"' in head),
+        pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(as_text, arrow.string()), strings_can_be_null=True
+        ),
+    )
+    broken = [field.name for field in table.schema if arrow.types.is_binary(field.type)]
+    if broken:
         raise InputError(
-            f"{path}: which column is the label? Say --target NAME with one of "
+            f"{path}: column {broken[0]!r} holds bytes that are no {encoding}; name the file's "
+            "encoding with --encoding, like gb18030 or cp1252."
+        )
+    notes = () if encoding.startswith("utf-8") else (f"{path}: read as {encoding}",)
+    return table, notes
+
+
+def examples_of(
+    table: Any, name: str, asked: Asked, reading: Reading, notes: tuple[str, ...] = ()
+) -> Examples:
+    """The examples of an Arrow ``table`` that messages call ``name``.
+
+    Raises:
+        InputError: a column is missing, or cannot be used as asked.
+    """
+    columns: list[str] = [str(c) for c in table.column_names]
+    _refuse_shape(table, columns, name)
+    target = _target(columns, name, asked)
+    if reading.id is not None and reading.id not in columns:
+        raise InputError(
+            f"{name}: has no column {reading.id!r} to name the rows by; choose one of "
             f"{', '.join(columns)}."
         )
-    if target is not None and target not in columns and labels_needed:
-        raise InputError(
-            f"{path}: has no column {target!r} for the label; choose one of {', '.join(columns)}."
-        )
-    wanted = features or tuple(c for c in columns if c != target)
-    missing = [c for c in wanted if c not in columns]
+    ids = None if reading.id is None else _texts(table.column(reading.id), reading.id)
+    y = None if target is None else _label_column(table.column(target), target, name)
+    if asked.preparation is None:
+        wanted = asked.features or tuple(c for c in columns if c not in (asked.target, reading.id))
+        needed = asked.features or ()
+    else:
+        wanted = needed = tuple(c.name for c in asked.preparation.columns)
+    missing = [c for c in needed if c not in columns]
     if missing:
         raise InputError(
-            f"{path}: lacks the column {missing[0]!r} that the model was trained on; "
+            f"{name}: lacks the column {missing[0]!r} that the model was trained on; "
             f"it has {', '.join(columns)}."
         )
     if not wanted:
-        raise InputError(f"{path}: has no column beside the label {target!r}.")
-    x = np.stack([_features(table.column(c), c, path) for c in wanted], axis=1)
-    refuse_non_finite(torch.from_numpy(x), str(path), wanted)
-    known = target is not None and target in columns
-    y = _label_column(table.column(target), str(target), path) if known else None
-    return Examples(x, y, str(path), wanted)
+        raise InputError(f"{name}: has no column beside the label {target!r}.")
+    read, left_out = _columns(table, wanted, name, asked, reading)
+    if not read:
+        raise InputError(
+            f"{name}: no column is left to learn from: "
+            + "; ".join(f"{c} {why}" for c, why in left_out.items())
+            + ". Give numbers or categories."
+        )
+    x = np.stack([values for _, values in read], axis=1)
+    kept = tuple(column for column, _ in read)
+    _refuse_infinite(x, kept, name)
+    if asked.preparation is not None:
+        notes = (*notes, *asked.preparation.unknown(x, kept))
+    return Examples(
+        x, y, name, tuple(c.name for c in kept), None, ids, kept, notes, left_out=left_out
+    )
 
 
-def _features(column: Any, name: str, path: Path) -> Array:
+def _refuse_shape(table: Any, columns: list[str], name: str) -> None:
+    twice = [c for i, c in enumerate(columns) if c in columns[:i]]
+    if twice:
+        raise InputError(f"{name}: has two columns named {twice[0]!r}; rename one.")
+    if not table.num_rows:
+        raise InputError(
+            f"{name}: has column names ({', '.join(columns)}) and no rows; give it some."
+        )
+
+
+def _target(columns: list[str], name: str, asked: Asked) -> str | None:
+    """The label's column, or None where there are no labels and none are needed."""
+    if asked.target is None and asked.labels_needed:
+        raise InputError(
+            f"{name}: which column is the label? Say --target NAME with one of "
+            f"{', '.join(columns)}."
+        )
+    if asked.target is None or asked.target in columns:
+        return asked.target
+    if asked.label_known or asked.labels_needed:
+        raise InputError(
+            f"{name}: has no column {asked.target!r} for the label; choose one of "
+            f"{', '.join(columns)}."
+        )
+    return None
+
+
+# -- columns --------------------------------------------------------------------------------------
+
+
+def _columns(
+    table: Any, wanted: tuple[str, ...], name: str, asked: Asked, reading: Reading
+) -> tuple[list[tuple[Column, Array]], dict[str, str]]:
+    """Each column with its values, and what is left out, with the reason."""
+    kinds = {}
+    if asked.preparation is not None:
+        kinds = {c.name: c.kind for c in asked.preparation.columns}
+    elif asked.features is not None:
+        kinds = dict.fromkeys(asked.features, "number")
+    read, left_out = [], {}
+    for column in wanted:
+        cells = table.column(column)
+        empty = cells.is_null()
+        if (reading.missing == "refuse" or asked.features is not None) and cells.null_count:
+            _refuse_empty(empty, column, name)
+        found = _column(cells, column, name, kinds.get(column))
+        if isinstance(found, str):
+            left_out[column] = found
+        else:
+            if reading.missing == "refuse" and np.isnan(found[1]).any():
+                _refuse_empty(np.isnan(found[1]), column, name)
+            read.append(found)
+    return read, left_out
+
+
+def _refuse_empty(empty: Any, column: str, name: str) -> None:
+    mask = empty if isinstance(empty, np.ndarray) else empty.to_numpy(zero_copy_only=False)
+    raise InputError(
+        f"{name}: row {int(np.flatnonzero(mask)[0])} (counted from 0), column {column!r} is empty; "
+        "every cell must hold a number. Fill it or drop the row."
+    )
+
+
+def _column(cells: Any, column: str, name: str, kind: str | None) -> tuple[Column, Array] | str:
+    """A column and its values (N,) float32, or why it is left out.
+
+    ``kind`` is what it was in training, and so must be; None where this is training.
+    """
     from pyarrow import types
 
-    if column.null_count:
-        raise InputError(
-            f"{path}: row {_first_null(column)} (counted from 0), column {name!r} is empty; "
-            "every cell must hold a number. Fill it or drop the row."
-        )
-    if types.is_decimal(column.type):
-        column = column.cast("float64")
-    kind = column.type
-    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-        first = column[0].as_py() if len(column) else None
-        raise InputError(
-            f"{path}: column {name!r} holds {kind}, such as {first!r}; features must be numbers. "
-            "Encode the column as numbers, or remove it."
-        )
-    return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.float32)
+    if types.is_dictionary(cells.type):
+        cells = cells.cast(cells.type.value_type)
+    if types.is_decimal(cells.type):
+        cells = cells.cast("float64")
+    of = cells.type
+    if types.is_null(of):
+        return "empty in every row" if kind is None else _empty(cells, column, kind)
+    if types.is_integer(of) or types.is_floating(of) or types.is_boolean(of):
+        if kind == "category":
+            return _category(_texts(cells, column), column)
+        is_boolean = types.is_boolean(of)
+        values = cells.cast("uint8") if is_boolean else cells
+        found = Column(column, kind or ("boolean" if is_boolean else "number"))
+        return found, _floats(values)
+    if types.is_temporal(of):
+        return _dated(kind, column, name, cells)
+    if not (types.is_string(of) or types.is_large_string(of)):
+        if kind is None:
+            return f"holds {of}, which is neither number nor text"
+        raise InputError(f"{name}: column {column!r} holds {of}; the model needs a {kind}.")
+    return _text_column(_texts(cells, column), column, name, kind)
 
 
-def _label_column(column: Any, name: str, path: Path) -> Array:
+def _text_column(
+    texts: Array, column: str, name: str, kind: str | None
+) -> tuple[Column, Array] | str:
+    """A column of texts as the numbers, dates or categories that they are."""
+    if kind == "category":
+        return _category(texts, column)
+    distinct = [t for t in dict.fromkeys(texts.tolist()) if t is not None]
+    meant = [t for t in distinct if t.strip().lower() not in _EMPTY_WORDS]
+    number = _as_numbers(meant)
+    if number is not None and (meant or kind):
+        values = [number.get(t, np.nan) for t in texts.tolist()]
+        return Column(column, kind or "number"), np.array(values, dtype=np.float32)
+    if kind is not None:
+        wrong = next(t for t in meant if _as_numbers([t]) is None)
+        row = int(np.flatnonzero(texts == wrong)[0])
+        raise InputError(
+            f"{name}: row {row} (counted from 0), column {column!r} holds {wrong!r}; the model "
+            "was trained on numbers there. Correct the cell, or empty it."
+        )
+    return _useless(texts, distinct, meant) or _category(texts, column)
+
+
+def _useless(texts: Array, distinct: list[str], meant: list[str]) -> str | None:
+    """Why nothing can be learned from a column of texts, if so."""
+    if not meant:
+        return "empty in every row"
+    if all(_DATE.fullmatch(t.strip()) for t in meant):
+        return f"holds dates, such as {meant[0]!r}"
+    if len(distinct) == 1 and None not in texts.tolist():
+        return f"is {distinct[0]!r} in every row"
+    if len(distinct) > min(_MOST_CATEGORIES, max(2, len(texts) // 2)):
+        return f"holds {len(distinct):,} different texts, such as {distinct[0]!r}"
+    return None
+
+
+def _as_numbers(texts: list[str]) -> dict[str, float] | None:
+    """Each text as a number, if all are; decimal commas where one shows them."""
+    if all(_NUMBER.fullmatch(t.strip()) for t in texts):
+        return {t: float(t) for t in texts}
+    if all(_DECIMAL_COMMA.fullmatch(t.strip()) for t in texts):
+        return {t: float(t.strip().replace(".", "").replace(",", ".")) for t in texts}
+    return None
+
+
+def _category(texts: Array, column: str) -> tuple[Column, Array]:
+    distinct = sorted({t for t in texts.tolist() if t is not None})
+    place = {t: float(i) for i, t in enumerate(distinct)}
+    values = [place.get(t, np.nan) for t in texts.tolist()]
+    return Column(column, "category", tuple(distinct)), np.array(values, dtype=np.float32)
+
+
+def _empty(cells: Any, column: str, kind: str) -> tuple[Column, Array]:
+    return Column(column, kind), np.full(len(cells), np.nan, dtype=np.float32)
+
+
+def _dated(kind: str | None, column: str, name: str, cells: Any) -> str:
+    first = next((c for c in cells.to_pylist() if c is not None), None)
+    if kind is None:
+        return f"holds dates, such as {str(first)!r}"
+    raise InputError(
+        f"{name}: column {column!r} holds dates, such as {str(first)!r}; the model was trained on "
+        f"a {kind} there."
+    )
+
+
+def _floats(cells: Any) -> Array:
+    values = np.asarray(cells.to_numpy(zero_copy_only=False))
+    return values.astype(np.float32)
+
+
+def _texts(cells: Any, column: str) -> Array:
+    """(N,) texts, None where a cell is empty."""
+    return np.array([None if c is None else str(c) for c in cells.to_pylist()], dtype=object)
+
+
+def _refuse_infinite(x: Array, columns: tuple[Column, ...], name: str) -> None:
+    bad = np.argwhere(np.isinf(x))
+    if len(bad):
+        row, at = bad[0]
+        raise InputError(
+            f"{name}: row {row} (counted from 0), column {columns[at].name!r} is {x[row, at]}; "
+            "every cell must be a finite float32 number. Drop or fill such rows."
+        )
+
+
+def _label_column(column: Any, target: str, name: str) -> Array:
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     cells = column.to_pylist()
     missing = [i for i, value in enumerate(cells) if value is None or value == ""]
     if missing:
         raise InputError(
-            f"{path}: row {missing[0]} (counted from 0), column {name!r}: the label is missing. "
+            f"{name}: row {missing[0]} (counted from 0), column {target!r}: the label is missing. "
             "Fill it or drop the row."
         )
     values = np.array(cells)
     return values if values.dtype.kind in "biufU" else values.astype(str)
-
-
-def _first_null(column: Any) -> int:
-    return int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
