@@ -233,6 +233,7 @@ def test_what_is_many_labelled_is_trained_by_its_own_loss(unscaled, model):
     )
     assert history.best.valid_loss < history.epochs[0].valid_loss
     assert all(math.isnan(e.valid_accuracy) for e in history.epochs)
+    assert history.loss == "BCEWithLogitsLoss"
     x, y = labels[1].tensors
     with torch.no_grad():
         expected = nn.functional.binary_cross_entropy_with_logits(model(x), y).item()
@@ -362,7 +363,7 @@ def test_what_cannot_be_trained_on_is_refused_with_the_next_step(unscaled, model
     loader = DataLoader(train, 16)
     for data, message in [
         (loader, "a DataLoader cannot be cut; give a pair"),
-        (splits.train, "give Splits, which truenorm.split"),
+        (splits.train, r"truenorm.split\(data\), or truenorm.Splits"),
         ("digits", "'digits', which truenorm.load reads"),
         ((iter(loader), valid), "gone through only once"),
         (None, "data cannot be a NoneType"),
@@ -371,6 +372,7 @@ def test_what_cannot_be_trained_on_is_refused_with_the_next_step(unscaled, model
         ((torch.zeros(5, 6), torch.zeros(4)), "as long as each other"),
         (([[1.0], [2.0]], ["a", "b"]), "y: must be an array of numbers"),
         ((loader, []), "data cannot be a list"),
+        ((splits, valid), "data cannot be a Splits"),
         ((loader, DataLoader(TensorDataset(torch.zeros(0, 6)), 2)), "validation loader gives no"),
         ((DataLoader(train, 16), DataLoader(TensorDataset(torch.zeros(4, 6)))), "missing"),
         ((train, TensorDataset(torch.zeros(4, 5), torch.zeros(4).long())), "cannot take a batch"),
@@ -392,6 +394,9 @@ def test_what_cannot_be_trained_on_is_refused_with_the_next_step(unscaled, model
         ({"scheduler": lambda o: 3}, "got int"),
         ({"scheduler": lambda o: None, "scheduler_every": "day"}, "scheduler_every 'day'"),
         ({"loss": lambda out, y: 3.0}, "must return a tensor"),
+        ({"loss": lambda out, y: torch.tensor(1.0)}, "without gradient"),
+        ({"loss": nn.BCEWithLogitsLoss()}, "loss= cannot take what the model returns"),
+        ({"arguments": lambda batch: batch}, "Splits give x alone"),
     ],
 )
 def test_optimizers_schedulers_and_losses_that_will_not_do_are_refused(
@@ -460,3 +465,51 @@ def test_clipping_amp_and_accumulation_hold_with_ones_own_optimizer(unscaled, mo
     truenorm.fit(model, parts, settings, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
     moved = torch.cat([(v - before[k]).flatten() for k, v in model.named_parameters()]).norm()
     assert 0 < moved <= 2 * 1e-3 * 1.01  # two steps of 60 examples in batches of 16
+
+
+def test_batches_of_other_names_are_called_by_arguments(unscaled, model):
+    _, parts = unscaled
+    other = copy.deepcopy(model)
+
+    class Images(Named):
+        def __getitem__(self, i):
+            return {"image": self.x[i], "label": self.y[i]}
+
+    pair = [Images(*part.tensors) for part in parts]
+    with pytest.raises(InputError, match="has only image, label; give arguments="):
+        truenorm.fit(other, pair, config())
+    close(
+        truenorm.fit(model, parts, config()),
+        truenorm.fit(other, pair, config(), arguments=lambda batch: (batch["image"],)),
+    )
+    assert truenorm.evaluate(
+        other, pair[1], arguments=lambda batch: (batch["image"],)
+    ) == truenorm.evaluate(model, parts[1])
+
+
+def test_a_list_of_batches_is_gone_through_as_it_is(unscaled, model):
+    _, (train, valid) = unscaled
+    other = copy.deepcopy(model)
+    batches = list(DataLoader(train, 16)), list(DataLoader(valid, 16))
+    loaded = truenorm.fit(model, (DataLoader(train, 16), DataLoader(valid, 16)), config())
+    assert figures(truenorm.fit(other, batches, config())) == figures(loaded)
+    assert truenorm.evaluate(other, batches[1]) == truenorm.evaluate(model, DataLoader(valid, 16))
+
+
+def test_workers_of_a_loader_give_the_same_epochs(unscaled, model):
+    _, (train, valid) = unscaled
+    loader = DataLoader(train, 16, shuffle=True, num_workers=1, persistent_workers=True)
+    other = copy.deepcopy(model)
+    plain = truenorm.fit(model, (DataLoader(train, 16, shuffle=True), valid), config(epochs=1))
+    assert figures(truenorm.fit(other, (loader, valid), config(epochs=1))) == figures(plain)
+
+
+def test_a_table_of_pandas_is_an_array(unscaled, model):
+    pandas = pytest.importorskip("pandas")
+    _, (train, valid) = unscaled
+    x, y = train.tensors
+    other = copy.deepcopy(model)
+    table = pandas.DataFrame(x.numpy()), pandas.Series(y.numpy())
+    close(
+        truenorm.fit(model, (train, valid), config()), truenorm.fit(other, (table, valid), config())
+    )

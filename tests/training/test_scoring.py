@@ -81,6 +81,10 @@ def test_another_loss_is_averaged_and_has_an_accuracy_only_for_classes():
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match="no example to judge the model by"):
         truenorm.evaluate(Fixed(), DataLoader(TensorDataset(X[:0], Y[:0])))
+    with pytest.raises(InputError, match="batch_size must be an integer of at least 1, got 0"):
+        truenorm.evaluate(Fixed(), (X, Y), batch_size=0)
+    with pytest.raises(InputError, match="give Splits, a torch Dataset, a DataLoader or a pair"):
+        truenorm.evaluate(Fixed(), (TensorDataset(X, Y), TensorDataset(X, Y)))
     with pytest.raises(InputError, match="targets that are missing"):
         truenorm.evaluate(Fixed(), DataLoader(X, 2))
 

@@ -19,7 +19,7 @@ def loss_curves(history: History) -> str:
         _curve(axes, history, "train_loss", colour=QUIET, label="training", dash="--", mark="s")
         _curve(axes, history, "valid_loss", colour=MAIN, label="validation")
         _mark_best(axes, history, "valid_loss")
-        axes.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss")
+        axes.set(xlabel="epoch", ylabel=history.loss, title="Loss")
         first, last, best = history.epochs[0], history.epochs[-1], history.best
         fell = f"training loss from {first.train_loss:.3g} to {last.train_loss:.3g}, "
         fell += f"validation loss from {first.valid_loss:.3g} to {last.valid_loss:.3g}"

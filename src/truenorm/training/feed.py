@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
-from truenorm.calling.call import Call, Loss
+from truenorm.calling.call import Arguments, Call, Loss
 from truenorm.calling.nested import examples_of, tensors_in
 from truenorm.data.augmentation import lightly, shifted
 from truenorm.data.batches import Batch, chunks, in_batches, in_order
@@ -135,16 +135,16 @@ class Loaded:
         train: a loader, or a data set.
         valid: likewise.
         config: of which the batch size is that of data sets.
-        model: where it is to be trained; batches go there.
+        call: what makes a call of a batch.
     """
 
-    def __init__(self, train: Any, valid: Any, config: TrainConfig, model: nn.Module) -> None:
+    def __init__(self, train: Any, valid: Any, config: TrainConfig, call: Call) -> None:
         for name, value in config.augmentation().items():
             raise InputError(
                 f"{name} moves the images of Splits, got {value!r} with data of your own; "
                 f"augment in your Dataset, and leave {name} out."
             )
-        self._config, self._call = config, Call(model)
+        self._config, self._call = config, call
         self._train, self._valid = train, valid
         self.examples, self.batches = _sizes(train, config.batch_size)
         holders = [h for one in (train, valid) for h in (one, getattr(one, "sampler", None))]
@@ -202,13 +202,20 @@ def _refuse_empty(part: str) -> Given:
 
 # What a user gives ------------------------------------------------------------------------------
 
-_WHAT = (
+_ALL = (
     "give Splits, a torch Dataset, or a pair (train, valid) of Datasets, DataLoaders or (x, y) "
     "arrays"
 )
+_PART = "give Splits, a torch Dataset, a DataLoader or a pair (x, y) of arrays"
 
 
-def feed_of(data: Any, valid: float, config: TrainConfig, model: nn.Module) -> Feed:
+def feed_of(
+    data: Any,
+    valid: float,
+    config: TrainConfig,
+    model: nn.Module,
+    arguments: Arguments | None = None,
+) -> Feed:
     """What feeds a training of ``model``, which is where it is to be trained.
 
     Args:
@@ -216,39 +223,49 @@ def feed_of(data: Any, valid: float, config: TrainConfig, model: nn.Module) -> F
         valid: the share of one data set that is held out for validation.
         config: how to train.
         model: the model.
+        arguments: what makes its arguments of a batch.
 
     Raises:
         InputError: ``data`` are nothing such, or there is nothing to validate by.
     """
     if isinstance(data, Splits):
+        if arguments is not None:
+            raise InputError("arguments= is for batches of your own; Splits give x alone.")
         return InMemory(data, config, Call(model).device)
     if isinstance(data, tuple | list) and len(data) == 2 and not _are_arrays(data):
-        train, held_out = part_of(data[0]), part_of(data[1])
+        train, held_out = part_of(data[0], _ALL), part_of(data[1], _ALL)
     else:
-        train, held_out = _cut(part_of(data), valid, config.seed)
-    return Loaded(train, held_out, config, model)
+        train, held_out = _cut(part_of(data, _ALL), valid, config.seed)
+    return Loaded(train, held_out, config, Call(model, arguments=arguments))
 
 
-def part_of(data: Any) -> Any:
+def part_of(data: Any, what: str = _PART) -> Any:
     """A loader or a data set, with (x, y) arrays made one.
 
     Raises:
-        InputError: it is nothing such.
+        InputError: it is nothing such; the text says ``what`` to give.
     """
     if isinstance(data, Dataset):
         raise InputError(
-            "a truenorm.Dataset does not say how its examples are scaled; give Splits, which "
-            "truenorm.split(data) makes."
+            "a truenorm.Dataset does not say how its examples are scaled; give Splits: "
+            "truenorm.split(data), or truenorm.Splits(train, valid)."
         )
     if isinstance(data, tuple | list):
         if len(data) == 2 and _are_arrays(data):
             return _of_arrays(*data)
+        if isinstance(data, list) and _is_batch(data[:1]):
+            return data
     elif not isinstance(data, str | Splits | Mapping) and not _is_array(data):
         again = isinstance(data, Iterable) and not isinstance(data, Iterator)
         if again or _is_data_set(data):
             return data
-    what = f"{data!r}, which truenorm.load reads" if isinstance(data, str) else _kind_of(data)
-    raise InputError(f"data cannot be {what}; {_WHAT}.")
+    given = f"{data!r}, which truenorm.load reads" if isinstance(data, str) else _kind_of(data)
+    raise InputError(f"data cannot be {given}; {what}.")
+
+
+def _is_batch(first: list[Any]) -> bool:
+    """Whether a list of one thing is one of batches."""
+    return any(isinstance(b, tuple | list | Mapping) and [*tensors_in(b)] for b in first)
 
 
 def _kind_of(data: Any) -> str:
@@ -274,7 +291,7 @@ def _of_arrays(x: Any, y: Any) -> TensorDataset:
     tensors = []
     for name, values in (("x", x), ("y", y)):
         try:
-            tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+            tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{name}: must be an array of numbers ({error}); truenorm.load((x, y)) makes "
@@ -290,7 +307,7 @@ def _of_arrays(x: Any, y: Any) -> TensorDataset:
 
 def _is_data_set(part: Any) -> bool:
     """Whether its examples are had by number; others are gone through."""
-    if isinstance(part, IterableDataset | DataLoader):
+    if isinstance(part, IterableDataset | DataLoader | list):
         return False
     return hasattr(part, "__getitem__") and hasattr(part, "__len__")
 
@@ -319,8 +336,10 @@ def batches_of(data: Any, size: int) -> Iterable[Any]:
     """The batches of a loader as they are, or those of a data set in order.
 
     Raises:
-        InputError: ``data`` are nothing such.
+        InputError: ``data`` are nothing such, or ``size`` is none.
     """
+    if size < 1:
+        raise InputError(f"batch_size must be an integer of at least 1, got {size!r}.")
     return _loader(part_of(data), size, None)
 
 

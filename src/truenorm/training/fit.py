@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from truenorm.calling.borrowing import Randoms, evaluating
-from truenorm.calling.call import Loss, model_device
+from truenorm.calling.call import Arguments, Loss, model_device
 from truenorm.cores import share_cores
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
@@ -47,6 +48,7 @@ def fit(
     config: TrainConfig | None = None,
     *,
     loss: Loss | None = None,
+    arguments: Arguments | None = None,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
     scheduler_every: Every = "step",
@@ -82,6 +84,8 @@ def fit(
             loss or one for each example. By default the ``loss`` that the output holds, if
             it does, or else cross entropy. What is not classification has no accuracy: it is NaN,
             and the validation loss says which epoch is the best.
+        arguments: makes of a batch of your own the tuple of the model's arguments, the dict of
+            keyword arguments, or (tuple, dict); as for :func:`truenorm.examine`.
         optimizer: makes a torch.optim.Optimizer of the list of trainable parameters, or is one
             over them, in place of the config's. The config's schedule scales its rates.
         scheduler: makes a torch LRScheduler of the optimizer, in place of the config's schedule.
@@ -110,10 +114,10 @@ def fit(
         stack.enter_context(threads(config.threads))
         stack.enter_context(share_cores())
         model.to(device)
-        feed = feed_of(data, valid, config, model)
+        feed = feed_of(data, valid, config, model, arguments)
         if not isinstance(feed, InMemory):
             stack.callback(Randoms(*data if isinstance(data, tuple | list) else ()).rewind)
-        _try_out(model, feed, loss, config)
+        named = _try_out(model, feed, loss, config)
         own = None
         if optimizer is not None or scheduler is not None:
             own = UserOptimizer(model, config, optimizer, scheduler, scheduler_every)
@@ -123,7 +127,8 @@ def fit(
             console = Console(highlight=False, soft_wrap=True)
             total = None if feed.examples is None else config.epochs * feed.examples
             observers.append(stack.enter_context(shown(console, total)))
-        return _Training(stepper, run, observers).run_to_end()
+        history = _Training(stepper, run, observers).run_to_end()
+        return dataclasses.replace(history, loss=named)
 
 
 def check_head(model: nn.Module, splits: Splits, name: str) -> None:
@@ -156,19 +161,34 @@ def _tried(model: nn.Module, feed: Feed, few: AnyBatch, name: str = "the model")
         randoms.rewind()
 
 
-def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfig) -> None:
-    """Pass a few examples through in eval mode, so that what does not fit shows at once."""
+def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfig) -> str:
+    """Pass a few examples through in eval mode, so that what does not fit shows at once.
+
+    Returns:
+        What the loss is.
+    """
     few = feed.few()
     output = _tried(model, feed, few)
-    own = own_loss(output, few, loss)
+    try:
+        own = own_loss(output, few, loss)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"loss= cannot take what the model returns, and targets: {one_line(error)}"
+        ) from error
     if own is None:
         feed.check(logits_in(output))
         class_logits(output, few)
-    elif config.label_smoothing:
+        return History.loss
+    if config.label_smoothing:
         raise InputError(
             "label_smoothing is for cross entropy, and the loss is "
             f"{'loss=' if loss is not None else 'the one that the model returns'}; leave it at 0."
         )
+    if loss is None:
+        return "the model's own loss"
+    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 class _Training:

@@ -38,6 +38,7 @@ class History:
         stopped: why training ended.
         seconds: time of fitting, validation and checkpoints included.
         fault: for ``nan``, what happened where.
+        loss: what the losses are.
     """
 
     epochs: tuple[Epoch, ...]
@@ -45,6 +46,7 @@ class History:
     stopped: Stopped
     seconds: float
     fault: str | None = None
+    loss: str = "cross entropy (nats)"
 
     @property
     def best(self) -> Epoch | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from truenorm.calling.borrowing import Randoms
-from truenorm.calling.call import Call, Loss
+from truenorm.calling.call import Arguments, Call, Loss
 from truenorm.data.batches import in_order
 from truenorm.data.datasets import Dataset, Scaling, Splits
 from truenorm.errors import InputError
@@ -20,6 +20,7 @@ def evaluate(
     data: Any,
     *,
     loss: Loss | None = None,
+    arguments: Arguments | None = None,
     batch_size: int = 256,
     scaling: Scaling | None = None,
 ) -> Scores:
@@ -35,6 +36,7 @@ def evaluate(
             Dataset, a DataLoader or another iterable of batches, or a pair (x, y) of arrays.
         loss: as in :func:`truenorm.fit`; by default what the model returns as its loss, or else
             cross entropy.
+        arguments: as in :func:`truenorm.fit`.
         batch_size: of a torch Dataset and of arrays.
         scaling: of a :class:`truenorm.Dataset`.
 
@@ -51,7 +53,7 @@ def evaluate(
     randoms = Randoms(data)
     try:
         if not isinstance(data, Dataset):
-            batches = given(Call(model), batches_of(data, batch_size))
+            batches = given(Call(model, arguments=arguments), batches_of(data, batch_size))
             return scored(model, batches, device, loss=loss)
         if scaling is None:
             raise InputError(

@@ -172,6 +172,11 @@ class Stepper:
                 raise LoneValues(str(error), batch.examples) from error
             raise
         if own is not None:
+            if not own.requires_grad:
+                raise InputError(
+                    "loss= returned a tensor without gradient; compute it of the model's output "
+                    "by torch's operations."
+                )
             return own
         smoothing = self.config.label_smoothing
         if isinstance(batch, Given):  # nobody has looked at its targets before
