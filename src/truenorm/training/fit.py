@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -279,7 +278,7 @@ class _Training:
         soon = self._seconds() - self.kept_at < _CHECKPOINT_SECONDS
         if run is None or (soon and not self.state.ended):
             return
-        run.save_metrics([asdict(e) for e in self.state.epochs])
+        run.save_metrics([dataclasses.asdict(e) for e in self.state.epochs])
         run.save_checkpoint(self.state.to_dict())
         self.kept_at = self._seconds()
 
