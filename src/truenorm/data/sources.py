@@ -28,8 +28,9 @@ from truenorm.data.preparation import Preparation
 from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.data.readers.handed import handed
 from truenorm.data.readers.idx import is_idx_name, read_idx_folder
-from truenorm.data.readers.images import is_image_name, read_image_files, read_image_folder
+from truenorm.data.readers.images import read_image_files, read_image_folder
 from truenorm.data.readers.npz import read_npz
+from truenorm.data.readers.pictures import is_image_name
 from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, read_table
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
