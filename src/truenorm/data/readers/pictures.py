@@ -272,11 +272,13 @@ def _specials(heads: Collection[_Head]) -> list[str]:
 def _refusal(
     files: list[Path], broken: dict[int, _Unreadable], folder: Path | None, told: str
 ) -> InputError:
-    ways = "end or remove {0}, or leave {0} out with --skip-unreadable."
-    if len(broken) == 1 < len(files):
+    them = "it" if len(broken) == 1 else "them"
+    ways = f"end or remove {them}, or leave {them} out with --skip-unreadable."
+    if len(broken) == len(files):
+        ways = f"end {them}."
+    if len(broken) == 1:
         ((i, reason),) = broken.items()
-        return InputError(f"{files[i]}: is no readable image ({reason}); m{ways.format('it')}")
-    ways = "end them." if len(broken) == len(files) else ways.format("them")
+        return InputError(f"{files[i]}: is no readable image ({reason}); m{ways}")
     return InputError(f"{told}{_cannot(files, broken)}: {_listed(files, broken, folder)}. M{ways}")
 
 
