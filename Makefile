@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint zoo recall conformance bench statistics recipes wheel clean
+.PHONY: train test lint zoo recall conformance bench axe statistics recipes wheel clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -33,6 +33,9 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/folding.py
 	$(BIN)/python bench/study.py
 	$(BIN)/python bench/busy.py
+
+axe: .venv/ready-dev
+	$(BIN)/python bench/axe.py
 
 statistics: .venv/ready-dev
 	$(BIN)/python bench/paired.py

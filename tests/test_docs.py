@@ -8,8 +8,9 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["layers.md"])
-def test_the_examples_of_a_page_run_in_order(page, capsys):
+@pytest.mark.parametrize("page", ["layers.md", "own-model.md"])
+def test_the_examples_of_a_page_run_in_order(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
     names = {}
     for block in blocks:

@@ -8,21 +8,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from truenorm.calling.borrowing import Randoms
 from truenorm.errors import InputError, choose
+from truenorm.factories import called, digest_of, foreign, found, is_factory, offer
 from truenorm.layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d
+from truenorm.layers.conversion import converted
 from truenorm.layers.norms import InstanceNorm1d, InstanceNorm2d, RMSNorm, groups_of
 from truenorm.layers.renorm import Renorm
 
 ModelName = Literal["mlp", "convnet", "resnet", "transformer"]
-NormName = Literal["none", "batch", "layer", "group", "instance", "rms", "renorm", "ghost"]
+NormName = Literal["none", "batch", "layer", "group", "instance", "rms", "renorm", "ghost", "own"]
 NormPosition = Literal["before", "after"]
 GHOST = 16  # examples that share statistics; fewer are noisy (Hoffer et al. 2017 take 128)
 # Ioffe's ramp (2017) fifty times as fast: his runs take over 100,000 steps, these some thousand.
@@ -34,8 +40,10 @@ class ModelSpec:
     """All that is needed to build a model again.
 
     Attributes:
-        name: which architecture.
-        norm: which normalization.
+        name: which architecture; or a factory of one's own (:mod:`truenorm.factories`), as
+            ``package.module:factory``, whose batch norms become ``norm`` and whose other
+            weights are what they are with any norm. What follows is then its own affair.
+        norm: which normalization; "own" leaves a factory's model as it is.
         norm_position: before or after the activation; in the transformer, before each
             sub-layer (pre-norm) or after its residual sum (post-norm).
         widths: hidden units (mlp), channels of each stage (convnet, resnet) or the model
@@ -43,22 +51,29 @@ class ModelSpec:
         dropout: probability, before the last layer and between hidden layers.
         init_scale: factor of the initial weights, not biases, of all linear and conv layers.
         norm_momentum: of batch norms' running statistics, the weight of the new value.
+        digest: of a factory's code and weights, which tells it from what it was before.
 
     Raises:
         InputError: a value outside its range.
     """
 
-    name: ModelName = "mlp"
+    name: ModelName | str = "mlp"
     norm: NormName = "batch"
     norm_position: NormPosition = "before"
     widths: tuple[int, ...] | None = None
     dropout: float = 0.0
     init_scale: float = 1.0
     norm_momentum: float = 0.1
+    digest: str | None = None
 
     def __post_init__(self) -> None:
-        choose("model", self.name, get_args(ModelName))
-        choose("norm", self.norm, get_args(NormName))
+        if self.name not in get_args(ModelName) and not is_factory(self.name):
+            raise InputError(
+                f"unknown model {self.name!r}; choose one of {', '.join(get_args(ModelName))}, or "
+                "give a factory of your own, package.module:factory."
+            )
+        norms = get_args(NormName)
+        choose("norm", self.norm, norms if is_factory(self.name) else norms[:-1])
         choose("norm_position", self.norm_position, get_args(NormPosition))
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
@@ -70,13 +85,24 @@ class ModelSpec:
             whole = all(isinstance(w, int) and w >= 1 for w in self.widths)
             if not whole or (not self.widths and self.name != "mlp"):
                 raise InputError(f"widths must be integers of at least 1, got {self.widths!r}.")
+        if is_factory(self.name):
+            self._refuse_what_the_factory_says()
+
+    def _refuse_what_the_factory_says(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("name", "norm", "digest") and value != field.default:
+                raise InputError(
+                    f"{field.name} is for the built-in models, got {value!r} with {self.name}; set "
+                    "it in the factory."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for a run's record; later ones only where they say something.
 
         Digests over specs that older versions stored stay as they were.
         """
-        later = {"init_scale": 1.0, "norm_momentum": 0.1}
+        later = {"init_scale": 1.0, "norm_momentum": 0.1, "digest": None}
         fields = dataclasses.asdict(self)
         return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 
@@ -96,8 +122,13 @@ def build(
     as it was.
 
     Raises:
-        InputError: the architecture cannot take such examples.
+        InputError: the architecture cannot take such examples; or the factory is not there, fails,
+            or has no batch norm that could become the norm asked for.
     """
+    if is_factory(spec.name):
+        model, _ = _of_factory(spec.name, input_shape, classes, seed)
+        _give_norm(model, spec)
+        return model
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -108,6 +139,59 @@ def build(
     if spec.init_scale != 1:
         _scale_weights(model, spec.init_scale)
     return model
+
+
+def identified(spec: ModelSpec, input_shape: tuple[int, ...], classes: int) -> ModelSpec:
+    """``spec`` with the digest of what its factory builds now; a built-in one as it is.
+
+    Raises:
+        InputError: the factory fails, or builds two models from one seed.
+    """
+    if not is_factory(spec.name):
+        return spec
+    digests = {digest_of(*_of_factory(spec.name, input_shape, classes, 0)) for _ in range(2)}
+    if len(digests) > 1:
+        raise InputError(
+            f"{spec.name}: builds different models from the same seed, so runs could not be paired;"
+            " draw initial weights by the generators of torch, numpy or random alone, and build a "
+            "new model each time."
+        )
+    return dataclasses.replace(spec, digest=digests.pop())
+
+
+def _of_factory(
+    name: str, input_shape: tuple[int, ...], classes: int, seed: int | None
+) -> tuple[nn.Module, ModuleType]:
+    """What a factory builds, and its module; random states are given back if there is a seed."""
+    with foreign(name):
+        module, factory = found(name)  # before the seed: an import may draw numbers
+        if isinstance(factory, nn.Module):
+            raise InputError(f"{name}: is a model; give a function that builds a new one.")
+    randoms = Randoms()
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  the global one is what factories use
+        with foreign(name):
+            return called(factory, name, offer(input_shape, classes))[0], module
+    finally:
+        if seed is not None:
+            randoms.rewind()
+
+
+def _give_norm(model: nn.Module, spec: ModelSpec) -> None:
+    """Turn the batch norms of a factory's ``model`` into the spec's norm."""
+    if spec.norm == "own":
+        return
+    settings = {"ghost": {"ghost": GHOST}, "renorm": {"renorm": RENORM}}.get(spec.norm, {})
+    done = converted(model, to=spec.norm, **settings)  # type: ignore[arg-type]
+    if not any(row.outcome in ("changed", "already") for row in done.rows) or done.refused:
+        why = done.shortfall if done.refused else "it has no batch norm"
+        raise InputError(
+            f"{spec.name}: cannot be given norm {spec.norm} ({why}); choose another norm, or a "
+            "factory whose model has batch norms."
+        )
 
 
 @torch.no_grad()

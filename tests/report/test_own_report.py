@@ -27,7 +27,7 @@ def test_the_page_of_a_module_of_ones_own_is_whole_and_self_contained(tmp_path, 
     scores = truenorm.evaluate(model, splits)
     assert f"{100 * scores.accuracy:.2f} %" in page
     assert "BatchNorm1d" in page
-    assert "<th>batch_size</th><td>16</td>" in page
+    assert '<th scope="row">batch_size</th><td>16</td>' in page
     assert page.count("<svg") >= 3
     links = re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*", page)
     assert not links

@@ -424,3 +424,39 @@ def test_verbose_prints_a_line_an_epoch(unscaled, model, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert f"val loss {history.epochs[0].valid_loss:.4f}  val accuracy" in lines[0]
+
+
+def test_class_numbers_of_any_integer_type_are_targets_and_others_are_refused(unscaled, model):
+    splits, (train, valid) = unscaled
+    other = copy.deepcopy(model)
+    narrow = [TensorDataset(p.tensors[0], p.tensors[1].to(torch.uint8)) for p in (train, valid)]
+    close(truenorm.fit(model, splits, config()), truenorm.fit(other, narrow, config()))
+    x, y = train.tensors
+    with pytest.raises(InputError, match=r"class numbers from 0 to 2, .* got 0 to 3"):
+        truenorm.fit(model, (TensorDataset(x, y.clamp(max=1) * 3), valid), config())
+    with pytest.raises(InputError, match=r"class numbers from 0 to 2, .* got -1 to"):
+        truenorm.fit(model, (train, TensorDataset(x, y - 1)), config())
+
+
+def test_maps_of_classes_are_trained_on(generator):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(12, 1, 6, 6, generator=generator)
+    y = (x[:, 0] > 0).long()
+    history = truenorm.fit(model, ((x[:8], y[:8]), (x[8:], y[8:])), config(epochs=30, patience=30))
+    with torch.no_grad():
+        logits = model(x[8:])
+    assert history.best.valid_loss == pytest.approx(
+        nn.functional.cross_entropy(logits, y[8:]).item(), rel=1e-5
+    )
+    assert history.best.valid_accuracy == pytest.approx(
+        (logits.argmax(1) == y[8:]).double().mean().item()
+    )
+
+
+def test_clipping_amp_and_accumulation_hold_with_ones_own_optimizer(unscaled, model):
+    _, parts = unscaled
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    settings = config(epochs=1, accumulate=2, clip_norm=1e-3, amp="bf16")
+    truenorm.fit(model, parts, settings, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    moved = torch.cat([(v - before[k]).flatten() for k, v in model.named_parameters()]).norm()
+    assert 0 < moved <= 2 * 1e-3 * 1.01  # two steps of 60 examples in batches of 16

@@ -18,7 +18,7 @@ Arguments = Callable[[Any], Any]  # of a batch: args tuple, kwargs dict, or (arg
 
 TARGETS = ("labels", "label", "target", "y")
 OUTPUTS = ("logits", "out")
-_IGNORED = -100  # the target that F.cross_entropy leaves out
+IGNORED = -100  # the target that F.cross_entropy leaves out
 _P = inspect.Parameter
 
 
@@ -213,7 +213,7 @@ def loss_of(output: Any, target: Any, loss: Loss | None = None) -> float | None:
         return None
     wide = out.detach().to(torch.promote_types(out.dtype, torch.float32))
     if classifies(out, target):
-        counted = target[target != _IGNORED]
+        counted = target[target != IGNORED]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < out.shape[1]:
             return None  # identities beside an embedding, say
         return F.cross_entropy(wide, target.long()).item()
@@ -227,5 +227,5 @@ def accuracy_of(output: Any, target: Any) -> float | None:
     out = output_of(output)
     if out is None or not classifies(out, target):
         return None
-    counted = target != _IGNORED
+    counted = target != IGNORED
     return (out.argmax(1) == target)[counted].double().mean().item() if counted.any() else None

@@ -71,13 +71,14 @@ def doctor(
     check_file(out)
 
     from truenorm.cli import target as targets
+    from truenorm.factories import foreign
     from truenorm.report import diagnosis as report
 
     known = report.known(baseline) if baseline is not None else set()
     opened = targets.open_target(target, data, label)
     kind = "json" if json else format or ("text" if fix else report.format_of(out))
     applied, tried = None, 0
-    with targets.foreign(f"{target} could not be examined"):
+    with foreign(f"{target} could not be examined"):
         diagnosis = truenorm.examine(opened.model, opened.batches)
         if fix:
             tried = sum(finding.fix is not None for finding in diagnosis.findings)
@@ -121,6 +122,7 @@ def recalibrate(
         Write the model even if its loss on held-out data is higher.
     """
     from truenorm.cli import target as targets
+    from truenorm.factories import foreign
     from truenorm.report import diagnosis as report
 
     check_file(out)
@@ -132,7 +134,7 @@ def recalibrate(
     opened = targets.open_target(target, data, label, most=None)
     if opened.batches is None:
         raise InputError("recalibrate needs data; name a source with --data.")
-    with targets.foreign(f"{target} could not be recalibrated"):
+    with foreign(f"{target} could not be recalibrated"):
         result = truenorm.recalibrate(
             opened.model,
             opened.batches,

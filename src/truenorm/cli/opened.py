@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from truenorm.calling.call import Call
-from truenorm.cli.target import foreign, open_target
+from truenorm.cli.target import open_target
 from truenorm.data.datasets import Scaling
 from truenorm.errors import InputError
+from truenorm.factories import foreign
 from truenorm.folding.export import FORMATS, Exported, export
 from truenorm.folding.fold import Folded, FoldObserver, fold
 from truenorm.training.saved import load_model, read_model, write_model

@@ -53,7 +53,7 @@ def fold(
     seconds
         That the proofs may take; the example is proved in any case, and what was not tried told.
     """
-    from truenorm.cli.target import foreign
+    from truenorm.factories import foreign
     from truenorm.report import folding as report
 
     shipment = _opened(target, example, out, "fold")
@@ -83,7 +83,7 @@ def export(
     no_fold
         Keep the batch norms.
     """
-    from truenorm.cli.target import foreign
+    from truenorm.factories import foreign
     from truenorm.report import folding as report
 
     shipment = _opened(target, example, out, "export")

@@ -195,7 +195,7 @@ def claims(
     report.kind_of(out)
     from truenorm.studies.claims.testing import claims as put_to_test
 
-    with report.following(store, quiet=quiet, as_json=json) as observe:
+    with report.following(store, quiet=quiet, as_json=json) as tell:
         found = put_to_test(
             names,
             data=data,
@@ -205,8 +205,8 @@ def claims(
             processes=processes,
             store=store,
             retry=retry,
-            observe=observe,
-            found=None if json else report.finding,
+            observe=tell.observe,
+            found=tell.found,
         )
     if out is not None:
         report.write(found, out)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import importlib
 import io
 import itertools
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -29,6 +22,7 @@ from truenorm.data.reading import Reading
 from truenorm.data.sources import load, uncut
 from truenorm.doctor.facts import MOST_BATCHES
 from truenorm.errors import InputError
+from truenorm.factories import called, foreign, found, offer, relative
 from truenorm.files import write_atomically
 from truenorm.training.run import Run
 from truenorm.training.saved import load_model
@@ -70,8 +64,8 @@ def open_target(
     """Open a run folder, ``package.module:factory``, or a checkpoint.
 
     Args:
-        text: what to open. A factory takes no argument and returns a model, or a model and its
-            batches; a checkpoint gives its tensors alone.
+        text: what to open. A factory (:mod:`truenorm.factories`) returns a model, or a model and
+            its batches; a checkpoint gives its tensors alone.
         data: a data source as for ``truenorm train``; by default a run's own.
         target: the label's column.
         most: batches of training data to take at most; None for all.
@@ -97,39 +91,6 @@ def open_target(
 def is_checkpoint(text: str) -> bool:
     """Whether it names a file that :func:`open_target` takes for a checkpoint."""
     return Path(text).suffix in _CHECKPOINTS and not Path(text).is_dir()
-
-
-@contextlib.contextmanager
-def foreign(what: str) -> Iterator[None]:
-    """Run code of the user's: what it prints goes to stderr, what it raises is one message.
-
-    Raises:
-        InputError: the body raised something else, which the text tells with its place.
-    """
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:  # a script may exit with 0, which would mean healthy
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        reason = reason if len(reason) < 500 else f"{reason[:500]}..."
-        raise InputError(f"{what}: {reason}{_place(error)}") from error
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line of the user's own code, or nothing."""
-    others = (str(Path(__file__).parent.parent), sysconfig.get_path("stdlib"), "<")
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(others) and "site-packages" not in frame.filename:
-            return f" ({_relative(frame.filename)}, line {frame.lineno})"
-    return ""
-
-
-def _relative(file: str | Path) -> str:
-    """A path as seen from here, if it lies below."""
-    path = Path(file)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _of_run(folder: Path, data: str | None, target: str | None, most: int | None) -> Opened:
@@ -176,57 +137,19 @@ def _batches(data: Dataset, size: int, scaling: Scaling, *, most: int | None) ->
 
 
 def _of_factory(text: str, data: str | None, target: str | None, most: int | None) -> Opened:
+    splits = None if data is None else load(data, target=target)
+    offered = {} if splits is None else offer(splits.input_shape, len(splits.classes))
     with foreign(text):
-        module, returned = _called(text)
-        pair = isinstance(returned, (tuple, list)) and len(returned) == 2
-        model, batches = returned if pair else (returned, None)
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"{text}: returned {type(model).__name__}, not a torch.nn.Module; a factory "
-                "returns a model, or a model and its batches."
-            )
+        module, factory = found(text, _WHAT)
+        model, batches = called(factory, text, offered)
         if data is None and isinstance(batches, Iterator):  # it can be gone through only once
             batches = list(itertools.islice(batches, most))
     held_out: list[Any] | None = None
-    if data is not None:
-        splits = load(data, target=target)
+    if splits is not None:
         batches = _batches(splits.train, BATCH_SIZE, splits.scaling, most=most)
         held_out = _batches(splits.valid, BATCH_SIZE, splits.scaling, most=None)
-    file = _relative(getattr(module, "__file__", None) or text)
+    file = relative(getattr(module, "__file__", None) or text)
     return Opened(model, batches, held_out, lambda out: _save(model, out, None), text, file)
-
-
-def _called(text: str) -> tuple[ModuleType, Any]:
-    """The module of ``package.module:factory``, and what the factory returns."""
-    place, _, name = text.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as python -m does: modules beside the caller are found
-    if not place or not name:
-        raise InputError(f"{text}: give package.module:factory.")
-    if place.endswith(".py"):
-        dotted = ".".join(Path(place).with_suffix("").parts)
-        raise InputError(f"{text}: give the module as it is imported, {dotted}:{name}.")
-    try:
-        module = importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if not f"{place}.".startswith(f"{error.name}."):
-            raise  # the module exists, and lacks one itself
-        near = _nearest(place, [p.stem for p in Path().glob("*.py")])
-        raise InputError(f"{text}: no module named {error.name!r}; {near}{_WHAT}.") from error
-    if not hasattr(module, name):
-        near = _nearest(name, [n for n in dir(module) if callable(getattr(module, n))])
-        raise InputError(f"{text}: module {place!r} has no attribute {name!r}; {near}{_WHAT}.")
-    factory = getattr(module, name)
-    if isinstance(factory, nn.Module):
-        return module, factory
-    if not callable(factory):
-        raise InputError(f"{text}: is a {type(factory).__name__}, not a function; {_WHAT}.")
-    return module, factory()
-
-
-def _nearest(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, others, 1)
-    return f"did you mean {near[0]}? Or " if near else ""
 
 
 def _of_checkpoint(path: Path, data: str | None) -> Opened:

@@ -47,8 +47,20 @@ class NewRun:
         ),
     ] = "mnist"
     target: Label = None
-    model: Annotated[str, _help("mlp, convnet, resnet or transformer.")] = "mlp"
-    norm: Annotated[str, _help("none, batch, layer, group, instance or rms.")] = "batch"
+    model: Annotated[
+        str,
+        _help(
+            "mlp, convnet, resnet or transformer; or a function of your own that builds a model, "
+            "as package.module:factory."
+        ),
+    ] = "mlp"
+    norm: Annotated[
+        str | None,
+        _help(
+            "none, batch, layer, group, instance or rms; by default batch, and in a model of your "
+            "own what is there."
+        ),
+    ] = None
     norm_position: Annotated[
         str, _help("before or after the activation (transformer: pre-norm or post-norm).")
     ] = "before"
@@ -70,11 +82,12 @@ class NewRun:
         Raises:
             InputError: there is none such.
         """
+        from truenorm.factories import is_factory
         from truenorm.models import ModelSpec
 
         return ModelSpec(
-            name=self.model,  # type: ignore[arg-type]  # checked there
-            norm=self.norm,  # type: ignore[arg-type]
+            name=self.model,  # checked there
+            norm=self.norm or ("own" if is_factory(self.model) else "batch"),  # type: ignore[arg-type]
             norm_position=self.norm_position,  # type: ignore[arg-type]
             widths=widths_of(self.widths),
             dropout=self.dropout,
@@ -95,7 +108,8 @@ def train(
     Parameters
     ----------
     resume
-        Continue the run in this folder; takes no other choice.
+        Continue the run in this folder; takes no other choice but --epochs, more than it was
+        asked for: it then goes on even if it has ended.
     quiet
         Print nothing but the result.
     """
@@ -104,7 +118,7 @@ def train(
     changes = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
     work = _job(new, reading_of(reading), changes, resume)
     ended = work.run.result()
-    if ended is not None:
+    if ended is not None and work.longer_than is None:
         run.result(ended, as_json=json)
         return OUTCOMES.get(ended["stopped"], DONE)
     with run.following(work, quiet=quiet, as_json=json) as observe:
@@ -127,11 +141,12 @@ def _job(new: NewRun, reading: Reading, changes: dict[str, Any], resume: Path | 
             folder=new.run_dir,
             reading=reading,
         )
-    if changes or new != NewRun() or reading != Reading():
+    if changes.keys() - {"epochs"} or new != NewRun() or reading != Reading():
         raise InputError(
-            "--resume takes every choice from the run; leave out all but --quiet and --json."
+            "--resume takes every choice from the run; leave out all but --epochs, --quiet and "
+            "--json."
         )
-    return job.resume(resume)
+    return job.resume(resume, epochs=changes.get("epochs"))
 
 
 def predict(

@@ -20,16 +20,24 @@ from truenorm.layers import batch_norm as layers
 from truenorm.layers import norms
 from truenorm.layers.attributes import check_eps
 from truenorm.layers.batch_norm import BatchNorm
-from truenorm.layers.foreign import epsilon, frozen_statistics, fused, other_statistics, unlike
+from truenorm.layers.foreign import (
+    AFTER,
+    epsilon,
+    frozen_statistics,
+    fused,
+    other_statistics,
+    unlike,
+)
 from truenorm.layers.fused import Fused, Thawable, fused_class
 from truenorm.layers.options import Options
 from truenorm.layers.per_call import PerCall, count_calls, restart_calls
 from truenorm.layers.ranks import Ranks
+from truenorm.layers.renorm import Renorm
 from truenorm.layers.running import STATISTICS
 
 Target = Literal[
-    "truenorm", "torch", "sync", "unsync", "frozen", "unfrozen", "ghost", "group", "per-call",
-    "keras", "flax",
+    "truenorm", "torch", "sync", "unsync", "frozen", "unfrozen", "ghost", "renorm", "batch",
+    "group", "layer", "instance", "rms", "none", "per-call", "keras", "flax",
 ]  # fmt: skip
 Where = Callable[[str, nn.Module], bool] | str | Iterable[str] | None
 
@@ -183,8 +191,11 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
             - "sync", "unsync": statistics pooled over ranks (setting ``group``), or not.
             - "frozen", "unfrozen": statistics and affine map fixed, or learning again.
             - "ghost": statistics of groups of ``ghost`` examples.
+            - "renorm": batch renormalization; setting ``renorm``, by default ``Renorm()``.
             - "group": batch norm to group norm; setting ``groups``, a number or a function of
               the channels (default :func:`truenorm.layers.norms.groups_of`).
+            - "layer", "instance", "rms", "none": batch norm to layer norm over channels and
+              positions, instance norm, RMS norm or nothing; "batch": batch norms stay.
             - "per-call": a norm of its own for each call, where one is called several times in a
               forward; setting ``example``, the arguments of one forward.
             - "keras", "flax": the layers hold numbers written in that framework's convention,
@@ -265,6 +276,7 @@ def _check(to: Target, settings: dict[str, Any]) -> None:
         "truenorm": options,
         "sync": {"group"},
         "ghost": {"ghost"},
+        "renorm": {"renorm"},
         "group": {"groups"},
         "per-call": {"example"},
         "keras": {"momentum", "eps"},
@@ -284,7 +296,8 @@ def _check(to: Target, settings: dict[str, Any]) -> None:
         Options(**_options(to, settings))
 
 
-_OTHER = ("torch", "group", "per-call", "keras", "flax")  # what is not a change of options
+_KINDS = ("group", "layer", "instance", "rms", "none")  # that take a batch norm's place
+_OTHER = ("torch", "batch", *_KINDS, "per-call", "keras", "flax")  # what is no change of options
 
 
 def _options(to: Target, settings: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +306,7 @@ def _options(to: Target, settings: dict[str, Any]) -> dict[str, Any]:
         "unsync": {"sync": None},
         "frozen": {"frozen": True},
         "unfrozen": {"frozen": False},
+        "renorm": {"renorm": settings.get("renorm", Renorm())},
     }.get(to, settings)
 
 
@@ -307,8 +321,10 @@ def _change(
     if to == "per-call":
         calls = count_calls(model, list(names), settings["example"])
         return lambda layer: _to_per_call(model, layer, names[layer], calls[layer])
-    if to == "group":
-        return lambda layer: _to_group(layer, settings.get("groups"))
+    if to == "batch":
+        return _to_batch
+    if to in _KINDS:
+        return lambda layer: _to_kind(layer, to, settings.get("groups"))
     given = _options(to, settings)
     return lambda layer: _to_truenorm(layer, given, only_options=to != "truenorm")
 
@@ -516,35 +532,87 @@ def _narrow_statistics(layer: _BatchNorm, dtype: torch.dtype | None) -> None:
             layer._buffers[name] = statistic.to(dtype)
 
 
-def _to_group(layer: nn.Module, groups: int | Callable[[int], int] | None) -> tuple[str, str]:
+def _to_batch(layer: nn.Module) -> tuple[str, str]:
+    if isinstance(layer, _BatchNorm):
+        raise _Already("is one already")
+    raise _Unchanged("is not a batch norm")
+
+
+Groups = int | Callable[[int], int] | None
+_INSTANCE = {2: norms.InstanceNorm2d, 3: norms.InstanceNorm3d}
+
+
+def _to_kind(layer: nn.Module, to: str, groups: Groups) -> tuple[str, str]:
+    """A batch norm becomes a norm of another kind, or nothing, in its place."""
     if not isinstance(layer, _BatchNorm):
         raise _Unchanged("is not a batch norm")
     form, options = _form_of(layer), _options_of(layer)
     if options.act is not None or options.frozen:
         what = f"activation {options.act}" if options.act else "frozen affine map"
-        raise _Refused(f"group norm has no place for its {what}")
+        raise _Refused(f"{to} norm has no place for its {what}")
     if isinstance(layer.running_mean, UninitializedBuffer) or isinstance(
         layer.weight, nn.UninitializedParameter
     ):
         raise _Refused("is lazy; its channels are not known before its first forward")
     channels = layer.num_features
-    number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
-    if not isinstance(number, int) or number < 1 or channels % number:
-        raise _Refused(f"its {channels} channels do not divide into {number!r} groups")
+    number = _number(groups if to == "group" else 1, channels)
+    axes = next((n for n, kind in _AXES.items() if isinstance(layer, kind)), None)
+    if to == "instance" and axes not in _INSTANCE:
+        raise _Refused("it may see vectors, of which instance norm leaves zeros")
+    kept = {"instance": ("num_features", "momentum"), "none": ()}.get(to, ())
     for name in (*STATISTICS, "num_batches_tracked"):
         layer._buffers.pop(name, None)
     torchs = ("num_features", "momentum", "track_running_stats", "process_group")
     for name in (*torchs, *layers.OWN, "_added"):
-        layer.__dict__.pop(name, None)
+        if name not in kept:
+            layer.__dict__.pop(name, None)
     original = form.original if issubclass(form, Fused) else None
-    _become(layer, fused_class(norms.GroupNorm, original) if original else norms.GroupNorm)
-    assert isinstance(layer, nn.GroupNorm)
-    layer.num_groups, layer.num_channels = number, channels
+    if to == "none":
+        return _to_nothing(layer)
+    kinds: dict[str, type[nn.Module]] = {"rms": norms.RMSNorm}
+    if to == "instance":
+        assert axes is not None
+        kinds["instance"] = _INSTANCE[axes]
+        layer.track_running_stats = False
+        layer._buffers.update(dict.fromkeys((*STATISTICS, "num_batches_tracked")))
+    kind = kinds.get(to, norms.GroupNorm)
+    _become(layer, fused_class(kind, original) if original else kind)
+    lost = "running statistics and momentum have"
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_groups, layer.num_channels = number, channels
+    elif to == "rms":
+        layer.num_channels = channels  # type: ignore[assignment]
+        layer._parameters.pop("bias", None)
+        lost = "bias, running statistics and momentum have"
+    described = f"{_described(layer)}({number})" if kind is norms.GroupNorm else _described(layer)
+    carried = "weight and eps" if to == "rms" else "weight, bias and eps"
     return (
-        f"{_described(layer)}({number})",
-        "weight, bias and eps carried; running statistics and momentum have no place in group "
-        "norm, outputs differ: train it again or fine-tune",
+        described,
+        f"{carried} carried; {lost} no place in {to} norm, outputs differ: train it again or "
+        "fine-tune",
     )
+
+
+_AXES: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _number(groups: Groups, channels: int) -> int:
+    """How many groups the channels make."""
+    number = (groups or norms.groups_of)(channels) if not isinstance(groups, int) else groups
+    if not isinstance(number, int) or number < 1 or channels % number:
+        raise _Refused(f"its {channels} channels do not divide into {number!r} groups")
+    return number
+
+
+def _to_nothing(layer: nn.Module) -> tuple[str, str]:
+    """What applied a dropout and an activation afterwards goes on doing so."""
+    after = [name for name in AFTER if layer._modules.get(name) is not None]
+    layer._parameters.clear()
+    layer._buffers.clear()
+    for name in after:  # in their order
+        layer._modules[name] = layer._modules.pop(name)
+    _become(layer, nn.Sequential if after else nn.Identity)
+    return _described(layer), "what it was has no place: train it again"
 
 
 def _from_convention(layer: nn.Module, settings: dict[str, Any]) -> tuple[str, str]:

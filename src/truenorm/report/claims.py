@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from truenorm.files import to_json
 from truenorm.report import pages
-from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.report.pages import page
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs
@@ -30,29 +32,50 @@ def listed(*, as_json: bool) -> None:
         print(f"{name:16} {claim.statement}")
 
 
+class Following(NamedTuple):
+    """What to tell of claims while they are tested."""
+
+    observe: StudyObserver | None
+    found: Callable[[ClaimFinding], None] | None
+
+
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
-    """A bar with time left over each claim's runs; elsewhere than in a terminal only failures."""
-    with following_runs(store, quiet=quiet, as_json=as_json) as observe:
+def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[Following]:
+    """Findings as they come, above a bar with time left over each claim's runs.
+
+    Elsewhere than in a terminal there is no bar, and of runs only failures are told.
+    """
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+    def finding(found: ClaimFinding) -> None:
+        console.print("\n".join([*lines(found), ""]), markup=False)
+
+    told = None if as_json else finding
+    with following_runs(store, quiet=quiet, as_json=as_json, console=console) as observe:
 
         def failures(progress: StudyProgress) -> None:
             assert observe is not None
             row = progress.row if progress.row is not None and progress.row.error else None
             observe(progress._replace(row=row))
 
-        yield None if observe is None else failures
-
-
-def finding(found: ClaimFinding) -> None:
-    """Print one finding: the verdict first."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("\n".join([*lines(found), ""]), markup=False)
+        yield Following(None if observe is None else failures, told)
 
 
 def left_out(found: Findings) -> None:
-    """Print the claims that were not tested."""
+    """Print the claims that were not tested, and how many of the others have which verdict."""
     for name, reason in found.left.items():
         print(f"{name}: left out, {reason}")
+    print(tally(found))
+
+
+def tally(found: Findings) -> str:
+    """How many claims have which verdict."""
+    counts = Counter(f.verdict for f in found.findings)
+    verdicts = ", ".join(
+        f"{counts[v]} {v}" for v in ("supported", "refuted", "cannot tell") if counts[v]
+    )
+    many = len(found.findings)
+    return f"{many} claim{'s' * (many != 1)}: {verdicts or 'none tested'}."
 
 
 def lines(found: ClaimFinding) -> list[str]:
@@ -99,6 +122,7 @@ def html(found: Findings) -> str:
         found=found,
         cards=[(f, scores(f.plot), differences(f), table(f)) for f in found.findings],
         about=_about(found),
+        tally=tally(found),
         said=said,
         columns=_COLUMNS,
         command=command_of(found.provenance["command"]),
@@ -110,6 +134,7 @@ def markdown(found: Findings) -> str:
     text = ["# Batch norm's claims, tested", "", _about(found), "", "| claim | verdict |"]
     text += ["| :-- | :-- |"]
     text += [f"| {f.claim.statement} | {f.verdict} |" for f in found.findings]
+    text += ["", tally(found)]
     for f in found.findings:
         text += ["", f"## {f.claim.name}: {f.verdict}", "", f"{f.claim.statement}", ""]
         text += [f"- {line.strip()}" for line in lines(f)[1:]]
@@ -167,6 +192,7 @@ def scores(plot: Plot) -> str:
     """Means with a dot for each seed: lines along an axis, or a row for each label."""
     rows = not plot.axis
     count = max((len(points) for points in plot.series.values()), default=1)
+    values_told: list[str] = []
     with drawing(plot.title + plot.axis, 1, height=0.9 + 0.3 * count if rows else 2.8) as figure:
         axes = figure.axes[0]
         for i, (name, points) in enumerate(plot.series.items()):
@@ -181,16 +207,19 @@ def scores(plot: Plot) -> str:
                 spots = (values, along) if rows else (along, values)
                 axes.plot(*spots, ".", color=QUIET if rows else colour, alpha=0.5, markersize=3)
             if rows:
-                axes.plot(means, places, "o", color=MARK, markersize=5)
+                (line,) = axes.plot(means, places, "o", color=MARK, markersize=5)
                 axes.set_yticks(places, [str(x) for x, _ in known])
             else:
-                axes.plot(places, means, color=colour, marker="o", markersize=4, label=name)
+                (line,) = axes.plot(places, means, markersize=4, label=name, **style_of(i + 1))
+            texts = [f"{name}, {x}: {m:.4g}" for (x, _), m in zip(known, means, strict=True)]
+            tell(line, texts)
+            values_told += texts
         if plot.log and not rows:
             axes.set_xscale("log")
         axes.set(title=plot.title, xlabel=plot.axis)
         if not rows:
             axes.legend()
-        return svg(figure)
+        return svg(figure, plot.title, f"Means over seeds: {'; '.join(values_told)}.")
 
 
 def differences(found: ClaimFinding) -> str:
@@ -204,7 +233,8 @@ def differences(found: ClaimFinding) -> str:
             p, c = j.part, j.comparison
             pairs = zip(p.scores_a, p.scores_b, strict=True)
             seen = _known([(a - b) / p.margin for a, b in pairs])
-            axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
+            (dots,) = axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
+            tell(dots, [f"one seed: {d:+.3g} margins" for d in seen])
             if c.difference is not None:
                 axes.plot([c.difference / p.margin], [y - 0.1], "o", color=MARK, markersize=5)
             if c.low is not None and c.high is not None:
@@ -213,7 +243,8 @@ def differences(found: ClaimFinding) -> str:
         axes.set_yticks(range(len(parts)), [f"{j.part.a}\n- {j.part.b}" for j in parts])
         axes.set_ylim(-0.6, len(parts) - 0.4)
         axes.set(xlabel="difference, in margins (grey: within)")
-        return svg(figure)
+        told = " ".join(said(j) for j in found.parts)
+        return svg(figure, f"Differences: {found.claim.name}", told)
 
 
 def _known(values: list[float]) -> list[float]:

@@ -47,6 +47,7 @@ def _introduce(console: Console, job: Job) -> None:
     smoothing = config.label_smoothing
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
     assert spec is not None
+    norm = "its own norms" if spec.norm == "own" else f"norm {spec.norm}"
     for note in splits.notes:
         console.print(note, markup=False)
     if splits.preparation is not None and not splits.preparation.plain:
@@ -56,10 +57,15 @@ def _introduce(console: Console, job: Job) -> None:
         f"test examples of {shape}, {len(splits.classes)} classes"
     )
     console.print(
-        f"{spec.name}, norm {spec.norm}; {job.request.recipe} recipe: {config.optimizer} "
+        f"{spec.name}, {norm}; {job.request.recipe} recipe: {config.optimizer} "
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
         f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
     )
+    if job.longer_than is not None:
+        console.print(
+            f"goes on: {config.epochs} epochs in place of {job.longer_than}; the rate follows "
+            f"schedule {config.schedule} over {config.epochs}, and patience counts anew"
+        )
 
 
 def _columns_table(preparation: Preparation) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from truenorm.calling.borrowing import unwrapped
 from truenorm.data.datasets import Splits
+from truenorm.data.preparation import Preparation
 from truenorm.errors import InputError
 from truenorm.files import write_atomically
 from truenorm.provenance import environment
@@ -38,6 +39,7 @@ def render(job: Job, outcome: Outcome) -> str:
         json.loads((job.run.folder / "environment.json").read_text("utf-8")),
         outcome.history,
         outcome.judgement,
+        preparation=job.splits.preparation,
     )
 
 
@@ -78,7 +80,7 @@ def report(
     settings = {} if config is None else dataclasses.asdict(config)
     settings["data fingerprint"] = splits.fingerprint()
     result = result_of(model, history, judged, splits, about)
-    html = _page(result, settings, environment(), history, judged)
+    html = _page(result, settings, environment(), history, judged, preparation=splits.preparation)
     write_atomically(Path(path), lambda place: place.write_text(html, "utf-8"))
 
 
@@ -88,6 +90,8 @@ def _page(
     environment: dict[str, Any],
     history: History,
     judged: Judgement,
+    *,
+    preparation: Preparation | None,
 ) -> str:
     classified = any(not math.isnan(e.valid_accuracy) for e in history.epochs)
     return page(
@@ -100,6 +104,9 @@ def _page(
         loss_svg=loss_curves(history),
         accuracy_svg=accuracy_curve(history) if classified else None,
         confusion=_confusion(judged),
+        heat=_heat(judged) if len(judged.data.classes) > _MOST_CLASSES else None,
+        by_class=list(zip(judged.data.classes, judged.by_class.of, strict=True)),
+        preparation=None if preparation is None else preparation.table(),
         confused=_most_confused(judged),
         mistakes=_mistakes(judged),
         norms=[_norm(n) for n in judged.norms],
@@ -118,8 +125,15 @@ def _confusion(judged: Judgement) -> list[dict[str, Any]] | None:
             {"count": c, "shade": round(100 * (c / total) ** 0.5), "right": i == j}
             for j, c in enumerate(counts)
         ]
-        rows.append({"label": judged.data.classes[i], "cells": cells, "recall": counts[i] / total})
+        rows.append({"label": judged.data.classes[i], "cells": cells})
     return rows
+
+
+def _heat(judged: Judgement) -> str:
+    """The confusion matrix as a picture, a pixel a cell, for more classes than cells can name."""
+    counts = judged.confusion.double()
+    shade = (counts / counts.sum(1, keepdim=True).clamp_min(1)).sqrt()
+    return _picture((255 * (1 - shade)).to(torch.uint8)[None])
 
 
 def _most_confused(judged: Judgement, most: int = 8) -> list[dict[str, Any]]:
@@ -137,7 +151,7 @@ def _mistakes(judged: Judgement) -> list[dict[str, Any]]:
     classes, x = judged.data.classes, judged.data.x
     return [
         {
-            "number": m.number,
+            "name": m.name,
             "true": classes[m.true],
             "predicted": classes[m.predicted],
             "confidence": m.confidence,

@@ -27,15 +27,18 @@ from truenorm.studies.verdicts import with_unit
 
 
 @contextlib.contextmanager
-def following(store: Path, *, quiet: bool, as_json: bool) -> Iterator[StudyObserver | None]:
+def following(
+    store: Path, *, quiet: bool, as_json: bool, console: Console | None = None
+) -> Iterator[StudyObserver | None]:
     """Show a study while the body runs it: yields what to tell of progress.
 
     In a terminal a bar over all runs with time left; elsewhere, and where CI is set, a line a run.
+    What else is printed meanwhile goes by ``console``, which keeps it above the bar.
     """
     if quiet:
         yield None
         return
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = console or Console(stderr=as_json, highlight=False, soft_wrap=True)
     lively = console.is_terminal and not os.environ.get("CI")
     bar = Bar(
         TextColumn("run {task.fields[runs]}"),

@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, svg
+from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.studies.study import Study
 from truenorm.studies.variants import Variant
 
@@ -17,6 +17,7 @@ def by_batch_size(study: Study) -> str:
     summaries = {s.variant: s for s in study.summaries()}
     sizes = sorted({v.config.batch_size for v in study.variants})
     lines = list(dict.fromkeys(map(_line_of, study.variants)))
+    said: list[str] = []
     with drawing("by batch size", 1, height=3.2) as figure:
         axes = figure.axes[0]
         for i, line in enumerate(lines):
@@ -31,12 +32,23 @@ def by_batch_size(study: Study) -> str:
             if len(sizes) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.vlines(x, low, high, color=colour, linewidth=1.2)
-            axes.plot(x, means, color=colour, marker="o", markersize=4, label=line)
+            (drawn,) = axes.plot(x, means, label=line, markersize=4, **style_of(i))
+            tell(
+                drawn,
+                [
+                    f"{line}, batch size {size}: {mean:.4g} ({lo:.4g} to {hi:.4g})"
+                    for (size, _), mean, lo, hi in zip(known, means, low, high, strict=True)
+                ],
+            )
+            said += [
+                f"{line} at batch size {size}: {mean:.4g}"
+                for (size, _), mean in zip(known, means, strict=True)
+            ]
         axes.set_xscale("log", base=2)
         _ticks(axes, [float(s) for s in sizes], [str(s) for s in sizes])
-        axes.set(xlabel="batch size", title=_title(study))
+        axes.set(xlabel="batch size", ylabel=_title(study), title="Means and their 95 % intervals")
         axes.legend()
-        return svg(figure)
+        return svg(figure, f"{_title(study)} by batch size", f"{'; '.join(said)}.")
 
 
 def differences(study: Study) -> str:
@@ -52,18 +64,20 @@ def differences(study: Study) -> str:
             axes.axvspan(-edge, edge, color=QUIET, alpha=0.2, linewidth=0)
         for y, pair in enumerate(pairs):
             seen = [_shown(study, d) for d in study.differences(pair)]
-            axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
+            (dots,) = axes.plot(seen, [y + 0.18] * len(seen), ".", color=QUIET, markersize=4)
+            tell(dots, [f"one seed: {d:+.3g}" for d in seen])
             if pair.comparison.difference is None:
                 continue
             mean = _shown(study, pair.comparison.difference)
-            axes.plot([mean], [y - 0.1], "o", color=MARK, markersize=5)
+            (dot,) = axes.plot([mean], [y - 0.1], "o", color=MARK, markersize=5)
+            tell(dot, [f"mean: {mean:+.3g}"])
             if pair.interval:
                 ends = [_shown(study, end) for end in pair.interval]
                 axes.plot(ends, [y - 0.1] * 2, color=MARK, linewidth=1.6)
         axes.set_yticks(range(len(pairs)), [f"{p.variant} - {p.reference}" for p in pairs])
         axes.set_ylim(-0.6, len(pairs) - 0.4)
         axes.set(xlabel=f"difference: {_title(study).replace('(%)', '(points)')}")
-        return svg(figure)
+        return svg(figure, "Paired differences", " ".join(study.sentences()[: len(pairs)]))
 
 
 def rates(study: Study) -> list[tuple[str, str]]:
@@ -79,9 +93,9 @@ def rates(study: Study) -> list[tuple[str, str]]:
                 axes.plot(
                     [rate for rate, _ in finite],
                     [loss for _, loss in finite],
-                    color=colour,
-                    marker=".",
+                    markersize=4,
                     label=variant.spec.norm,
+                    **style_of(i),
                 )
                 chosen = [(r, loss) for r, loss in finite if r == study.lrs[variant.label]]
                 for rate, loss in chosen:
@@ -89,9 +103,11 @@ def rates(study: Study) -> list[tuple[str, str]]:
             axes.set_xscale("log")
             grid = sorted({row.lr for row in study.tuning})
             _ticks(axes, grid, [f"{rate:g}" for rate in grid])
-            axes.set(xlabel="learning rate", title=f"Validation loss (nats), {setting}")
+            axes.set(xlabel="learning rate", ylabel="validation loss (nats)", title=setting)
             axes.legend()
-            drawings.append((setting, svg(figure)))
+            chosen_rates = "; ".join(f"{v.spec.norm} at {study.lrs[v.label]:g}" for v in variants)
+            said = f"Validation loss by learning rate; chosen: {chosen_rates}."
+            drawings.append((setting, svg(figure, f"Learning rates, {setting}", said)))
     return drawings
 
 
@@ -99,18 +115,23 @@ def curves(study: Study) -> list[tuple[str, str]]:
     """For each setting, the mean validation accuracy by epoch."""
     drawings = []
     for setting, variants in study.settings().items():
+        said: list[str] = []
         with drawing(f"curves {setting}", 1) as figure:
             axes = figure.axes[0]
             for i, variant in enumerate(variants):
                 means = [100 * mean for mean in study.curve(variant.label)]
                 epochs = range(1, len(means) + 1)
-                axes.plot(epochs, means, color=SERIES[i % len(SERIES)], label=variant.spec.norm)
+                norm = variant.spec.norm
+                (line,) = axes.plot(epochs, means, label=norm, markersize=3, **style_of(i))
+                tell(line, [f"{norm}, epoch {e}: {m:.2f} %" for e, m in enumerate(means, 1)])
+                said += [f"{norm} ends at {means[-1]:.2f} %"] if means else []
             if study.goal:
                 axes.axhline(100 * study.goal, color=QUIET, linewidth=1, linestyle=":")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set(xlabel="epoch", title=f"Validation accuracy (%), {setting}")
+            axes.set(xlabel="epoch", ylabel="validation accuracy (%)", title=setting)
             axes.legend()
-            drawings.append((setting, svg(figure)))
+            drawn = svg(figure, f"Learning curves, {setting}", f"{'; '.join(said)}.")
+            drawings.append((setting, drawn))
     return drawings
 
 

@@ -11,7 +11,8 @@ from truenorm.data import sources
 from truenorm.data.datasets import Splits, Uncut
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
-from truenorm.models import build
+from truenorm.factories import is_factory
+from truenorm.models import build, identified
 from truenorm.provenance import environment
 from truenorm.studies.plan import StudyPlan
 from truenorm.studies.question import Question
@@ -19,9 +20,10 @@ from truenorm.studies.runner import Runner, StudyObserver, runner_of
 from truenorm.studies.study import Study
 from truenorm.studies.trial import Row
 from truenorm.studies.tuning import tuned
-from truenorm.studies.variants import variants_of
+from truenorm.studies.variants import Variant, variants_of
 from truenorm.studies.verdicts import JudgedPair
 from truenorm.training.devices import device_of
+from truenorm.training.fit import check_head
 
 
 def compare(
@@ -58,6 +60,7 @@ def compare(
         KeyboardInterrupt: Ctrl-C; finished rows are in the store, and no process is left.
     """
     plan = StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
+    _refuse_main(plan, processes, engine)
     uncut, splits = _data(data, plan, reading)
     question = _question(plan, splits)
     seeds = plan.judged_seeds(question.least_seeds())
@@ -90,6 +93,16 @@ def compare(
 # Before anything is run ----------------------------------------------------------------------
 
 
+def _refuse_main(plan: StudyPlan, processes: int | None, engine: str) -> None:
+    """A factory of the script or notebook itself is not there in other processes."""
+    own = [m for m in plan.varied()["name"] if m.startswith("__main__:")]
+    if own and (processes != 0 or engine != "local"):
+        raise InputError(
+            f"{own[0]}: worker processes cannot import what a script or notebook defines; put it "
+            "in a module of its own, or pass processes=0."
+        )
+
+
 def _data(data: Any, plan: StudyPlan, reading: Reading | None) -> tuple[Uncut, Splits]:
     """The data, and how the first seed cuts them."""
     if isinstance(data, Splits):
@@ -102,15 +115,23 @@ def _question(plan: StudyPlan, splits: Splits) -> Question:
     """What the plan asks of these data; refuses models that cannot be built on them."""
     if plan.metric.startswith("test") and splits.test is None:
         raise InputError(f"{splits.train.name}: has no test part; use the metric valid_accuracy.")
-    variants = variants_of(plan, len(splits.train))
-    for variant in variants:
-        build(variant.spec, splits.input_shape, len(splits.classes), seed=0)
-        device_of(variant.config.device)
-        variant.config.check_shape(splits.input_shape)
+    variants = [_built(v, splits) for v in variants_of(plan, len(splits.train))]
     question = Question(tuple(variants), plan.metric, plan.margin, plan.against)
     if plan.until is not None and not question.family():
         raise InputError(f"until needs two norms at least, got {', '.join(plan.norms)}.")
     return question
+
+
+def _built(variant: Variant, splits: Splits) -> Variant:
+    """``variant``, once it was built; one of a factory's with the digest of what that builds."""
+    shape, classes = splits.input_shape, len(splits.classes)
+    device_of(variant.config.device)
+    variant.config.check_shape(splits.input_shape)
+    model = build(variant.spec, shape, classes, seed=0)
+    if not is_factory(variant.spec.name):
+        return variant
+    check_head(model, splits, f"{variant.spec.name}, norm {variant.spec.norm},")
+    return dataclasses.replace(variant, spec=identified(variant.spec, shape, classes))
 
 
 def _about(plan: StudyPlan) -> dict[str, Any]:

@@ -220,6 +220,9 @@ def _sentence(found: Comparison, decision: Decision, unit: str, factor: float) -
     if n < found.least_seeds:
         of = f" among {found.family} pairs" if found.family > 1 else ""
         said += f", and fewer than {found.least_seeds} seeds can tell nothing{of}"
+    elif found.low > 0 or found.high < 0:
+        corrected = f", corrected by Holm over {found.family} pairs," if found.family > 1 else ""
+        said += f"; its own interval leaves out 0, but the test{corrected} gives {_p(found.p_holm)}"
     if found.seeds_needed is None:
         return f"{said}; no number of seeds can be named for a difference of zero."
     more = max(1, found.seeds_needed - n)
@@ -333,6 +336,19 @@ def interval(differences: Array, level: float = 0.95) -> tuple[Any, Any]:
         mean, half = d.mean(-1), _student(d, level)
         low, high = np.minimum(low, mean - half), np.maximum(high, mean + half)
     return (float(low), float(high)) if d.ndim == 1 else (low, high)
+
+
+def mean_interval(values: Array) -> tuple[float, float]:
+    """Ends of the 95 % interval of one variant's mean score, of (n,) values.
+
+    As :func:`interval`; from 8 values on it ends within them. There the mean lies beyond all of
+    them once in 2^(n-1) times, where it is the median too, while resamples of few scores with one
+    far below the others reach farther than any score was seen.
+    """
+    low, high = interval(values)
+    if len(values) >= 8:
+        low, high = max(low, float(values.min())), min(high, float(values.max()))
+    return low, high
 
 
 def _student(d: Array, level: float) -> Any:

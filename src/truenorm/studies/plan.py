@@ -6,12 +6,13 @@ Imports no torch, so that ``truenorm --help`` is quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from truenorm.errors import InputError, choose
+from truenorm.factories import name_of
 from truenorm.training.config import TrainConfig, option
 
 Against = Literal["first", "all"]
@@ -44,8 +45,10 @@ class StudyPlan:
     """
 
     target: str | None = option(None, "The label's column of a .csv or .parquet file.")
-    model: str | Sequence[str] = option(
-        "mlp", "mlp, convnet, resnet or transformer; several are compared norm by norm in each."
+    model: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] = option(
+        "mlp",
+        "mlp, convnet, resnet or transformer, or package.module:factory, a function of your own "
+        "that builds a model with batch norms; several are compared norm by norm in each.",
     )
     norms: Sequence[str] = option(
         ("none", "batch", "group", "layer"), "Norms to compare; the first is the reference."
@@ -99,6 +102,9 @@ class StudyPlan:
     )
 
     def __post_init__(self) -> None:
+        several = isinstance(self.model, list | tuple)
+        named = [m if isinstance(m, str) else name_of(m) for m in self._models()]
+        object.__setattr__(self, "model", tuple(named) if several else named[0])
         choose("metric", self.metric, METRICS)
         if self.margin is not None and not self.margin > 0:
             raise InputError(f"margin must be above 0, got {self.margin!r}.")
@@ -132,9 +138,13 @@ class StudyPlan:
         """The seed whose split shows what the data are."""
         return 0 if self.seeds is None else seeds_of(self.seeds)[0]
 
+    def _models(self) -> tuple[Any, ...]:
+        several = isinstance(self.model, list | tuple)
+        return tuple(self.model) if several else (self.model,)  # type: ignore[arg-type]
+
     def varied(self) -> dict[str, Any]:
         """The fields of ModelSpec and TrainConfig in which settings differ, with their values."""
-        models = (self.model,) if isinstance(self.model, str) else tuple(self.model)
+        models = self._models()
         sizes = tuple(self.batch_sizes or (None,))
         return {"name": models, "batch_size": sizes, **(self.changes or {})}
 

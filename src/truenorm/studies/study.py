@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from truenorm.studies.paired import Decision, interquartile_mean, interval
+from truenorm.studies.paired import Decision, interquartile_mean, mean_interval
 from truenorm.studies.trial import Row
 from truenorm.studies.tuning import tried
 from truenorm.studies.variants import Variant
@@ -23,8 +23,8 @@ class Summary:
     """A variant over its judged seeds.
 
     ``mean`` to ``iqm`` are of the study's metric, ``low`` and ``high`` its mean's 95 % interval
-    (:func:`truenorm.studies.paired.interval`); ``seconds`` and ``valid_loss`` (of the best epochs)
-    are means, the ways to the goal medians over the runs that reach it.
+    (:func:`truenorm.studies.paired.mean_interval`); ``seconds`` and ``valid_loss`` (of the best
+    epochs) are means, the ways to the goal medians over the runs that reach it.
     """
 
     variant: str
@@ -124,7 +124,7 @@ class Study:
         rows = [row for row in self.of(label) if row.error is None]
         values = _values(rows, self.metric)
         values = values[~np.isnan(values)]
-        low, high = interval(values) if len(values) > 1 else (None, None)
+        low, high = mean_interval(values) if len(values) > 1 else (None, None)
         reached = [at for row in rows if self.goal and (at := row.reaches(self.goal))]
         return Summary(
             variant=label,

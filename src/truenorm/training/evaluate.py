@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from truenorm.calling.borrowing import evaluating
-from truenorm.calling.call import Loss, accuracy_of, classifies, entry, output_of
+from truenorm.calling.call import IGNORED, Loss, accuracy_of, classifies, entry, output_of
 from truenorm.calling.nested import tensors_in
 from truenorm.data.batches import in_order
 from truenorm.data.datasets import Dataset, Scaling
@@ -133,6 +133,13 @@ def class_logits(output: Any, batch: AnyBatch) -> Tensor:
             f"the model gives {_kind(logits)} for targets {_kind(batch.y)}; cross entropy needs "
             "logits (N, K) and class numbers (N,), int64. Give batches (x, y), or dicts with "
             "'labels', or another loss, like loss=torch.nn.BCEWithLogitsLoss()."
+        )
+    counted = batch.y[batch.y != IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[1]:
+        low, high = int(counted.min()), int(counted.max())
+        raise InputError(
+            f"targets must be class numbers from 0 to {logits.shape[1] - 1}, as many as the model "
+            f"has logits, got {low} to {high}."
         )
     return logits
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from truenorm.calling.borrowing import Randoms, evaluating
-from truenorm.calling.call import Loss
+from truenorm.calling.call import Loss, model_device
 from truenorm.cores import share_cores
+from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
-from truenorm.training.evaluate import class_logits, logits_in, own_loss
+from truenorm.training.evaluate import AnyBatch, class_logits, logits_in, own_loss
 from truenorm.training.feed import Feed, InMemory, feed_of
 from truenorm.training.history import Epoch, EpochProgress, History, Observer, Stopped
 from truenorm.training.progress import shown
@@ -125,19 +126,40 @@ def fit(
         return _Training(stepper, run, observers).run_to_end()
 
 
-def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfig) -> None:
-    """Pass a few examples through in eval mode, so that what does not fit shows at once."""
+def check_head(model: nn.Module, splits: Splits, name: str) -> None:
+    """Refuse a model, where it lies, that does not give a logit for each class and no more.
+
+    Raises:
+        InputError: it does not, or cannot take the data.
+    """
+    feed = InMemory(splits, TrainConfig(), model_device(model))
+    given = logits_in(_tried(model, feed, feed.few(), name))
+    if given.ndim != 2 or given.shape[1] != len(splits.classes):
+        raise InputError(
+            f"{name} gives {tuple(given.shape)} for {len(given)} examples, and "
+            f"{splits.train.name} has {len(splits.classes)} classes; let the factory take classes, "
+            "and build as many logits."
+        )
+
+
+def _tried(model: nn.Module, feed: Feed, few: AnyBatch, name: str = "the model") -> Any:
+    """What ``model`` says of a few examples in eval mode."""
     randoms = Randoms()
-    few = feed.few()
     try:
         with torch.no_grad(), evaluating(model):
-            output = few.run(model)
+            return few.run(model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
-            f"the model cannot take a batch of {feed.described(few)}: {one_line(error)}"
+            f"{name} cannot take a batch of {feed.described(few)}: {one_line(error)}"
         ) from error
     finally:
         randoms.rewind()
+
+
+def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfig) -> None:
+    """Pass a few examples through in eval mode, so that what does not fit shows at once."""
+    few = feed.few()
+    output = _tried(model, feed, few)
     own = own_loss(output, few, loss)
     if own is None:
         feed.check(logits_in(output))
@@ -242,15 +264,19 @@ class _Training:
         self.kept_at = self._seconds()
 
     def _resume(self) -> None:
-        stored = None if self.run is None else self.run.checkpoint()
-        if self.run is None or stored is None:
+        if self.run is None:
             return
-        if "asked" not in stored:  # an older version wrote it
-            stored["asked"] = self.run.request().train.epochs
-        self.state.load(stored)
-        if self.stepper.config.epochs > stored["asked"]:
-            self.run.save_checkpoint(stored)
-            self.run.lengthen(self.stepper.config.epochs)
+        epochs, asked = self.stepper.config.epochs, self.run.request().train.epochs
+        stored = self.run.checkpoint()
+        if stored is not None:
+            stored.setdefault("asked", asked)  # an older version wrote it
+            self.state.load(stored)
+        if epochs > asked:
+            if stored is not None:
+                self.run.save_checkpoint(stored)  # which knows, then, what was asked before
+            self.run.lengthen(epochs)
+        if stored is None:
+            return
         self.kept_at = self.state.epochs[-1].seconds
         self.started -= self.kept_at
         for record in self.state.epochs:

@@ -11,10 +11,11 @@ Stopped = Literal["early", "finished", "interrupted", "nan"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's record. Losses are mean cross entropies per example, in nats.
+    """One epoch's record. Losses are means per example: cross entropies in nats, or fit's loss=.
 
     ``train_loss`` is what was minimized: with label smoothing, in train mode, while the
-    weights moved. ``valid_loss`` and ``valid_accuracy`` are plain, in eval mode, at its end.
+    weights moved. ``valid_loss`` and ``valid_accuracy`` are plain, in eval mode, at its end; the
+    accuracy is NaN where it is no classification.
     """
 
     epoch: int  # from 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from truenorm.data import sources
 from truenorm.data.datasets import Splits
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
+from truenorm.factories import is_factory
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
 from truenorm.training.devices import device_of, threads
-from truenorm.training.fit import fit
+from truenorm.training.fit import check_head, fit
 from truenorm.training.history import History, Observer
 from truenorm.training.judgement import Judgement, judge
 from truenorm.training.run import Request, Run
@@ -45,6 +47,7 @@ class Job:
     request: Request
     splits: Splits
     resumed: bool = False
+    longer_than: int | None = None  # the epochs asked for before, of a run that is to go on
 
     def execute(self, observe: Observer | None = None) -> Outcome:
         """Train, restore the best epoch, and judge it on the test part.
@@ -176,7 +179,9 @@ def start(
     reading = reading or Reading()
     splits = sources.uncut(data, target=target, reading=reading).cut(changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
-    build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    model = build(spec, splits.input_shape, len(splits.classes), seed=0)  # refuse before writing
+    if is_factory(spec.name):
+        check_head(model, splits, spec.name)
     # Another number of threads may add in another order: a resumed run must keep its own.
     changes = {"threads": torch.get_num_threads(), **changes}
     config = recipe_for(recipe, spec.name, len(splits.train), **changes)
@@ -186,11 +191,17 @@ def start(
     return Job(Run.create(folder or _new_folder(source, spec), request), request, splits)
 
 
-def resume(folder: Path) -> Job:
+def resume(folder: Path, *, epochs: int | None = None) -> Job:
     """Take up the run in ``folder`` where its last checkpoint stands.
 
+    Args:
+        folder: a run's.
+        epochs: more than it was asked for, so that it goes on, also if it has ended; see
+            :func:`truenorm.fit`. None for as many.
+
     Raises:
-        InputError: there is no such run, it came from Python, or its data have changed.
+        InputError: there is no such run, it came from Python, its data have changed, or it was
+            asked for as many epochs already.
     """
     run = Run.open(folder)
     request = run.request()
@@ -206,12 +217,21 @@ def resume(folder: Path) -> Job:
             f"{request.data}: has changed since {folder} began; put the old data back, or start "
             "a new run."
         )
-    return Job(run, request, splits, resumed=True)
+    before = request.train.epochs
+    if epochs is None:
+        return Job(run, request, splits, resumed=True)
+    if epochs <= before:
+        raise InputError(
+            f"epochs must be more than the {before} that {folder} was asked for, got {epochs}; "
+            "they count from its first epoch."
+        )
+    request = dataclasses.replace(request, train=dataclasses.replace(request.train, epochs=epochs))
+    return Job(run, request, splits, resumed=True, longer_than=before)
 
 
 def _new_folder(source: str, spec: ModelSpec) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{Path(source).stem}-{spec.name}-{spec.norm}-{stamp}"
+    name = f"{Path(source).stem}-{spec.name.replace(':', '-')}-{spec.norm}-{stamp}"
     folder, again = Path("runs") / name, 1
     while folder.exists():
         again += 1

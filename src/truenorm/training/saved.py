@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from truenorm.data.datasets import Dataset, Scaling, Splits
 from truenorm.data.preparation import Preparation
 from truenorm.errors import InputError, one_line
+from truenorm.factories import is_factory
 from truenorm.files import write_atomically
 from truenorm.folding.refold import refold
 from truenorm.models import ModelSpec, build
@@ -137,9 +138,14 @@ def load_model(place: Path | str) -> Trained:
             scaling = Scaling(None, torch.ones(1))  # the model has its own
         model.load_state_dict(tensors)
     except (AttributeError, RuntimeError) as error:
+        own = is_factory(spec.name)
+        built = (
+            f"what {spec.name} builds now" if own else f"the {spec.name} that this version builds"
+        )
+        past = "bring the old code back" if own else "use the version that wrote it"
         raise InputError(
-            f"{place}: its tensors do not fit the {spec.name} that this version builds "
-            f"({one_line(error)}); train it again, or use the version that wrote it."
+            f"{place}: its tensors do not fit {built} ({one_line(error)}); train it again, or "
+            f"{past}."
         ) from error
     features = None if about["features"] is None else tuple(about["features"])
     return Trained(

@@ -22,12 +22,13 @@ from truenorm.training.devices import has_fast_bf16
 from truenorm.training.evaluate import (
     AnyBatch,
     autocast,
+    class_logits,
     logits_in,
     own_loss,
     share_of,
     wide,
 )
-from truenorm.training.feed import Feed, InMemory
+from truenorm.training.feed import Feed, Given, InMemory
 from truenorm.training.optimizer import Optimizer, learning_rate
 from truenorm.training.user_optimizer import UserOptimizer
 
@@ -165,11 +166,15 @@ class Stepper:
         try:
             with autocast(self.device, self.amp):
                 output = batch.run(self.model)
+                own = own_loss(output, batch, self.loss)
         except ValueError as error:
             if lacks_values(error):
                 raise LoneValues(str(error), batch.examples) from error
             raise
-        own = own_loss(output, batch, self.loss)
         if own is not None:
             return own
-        return cross_entropy(wide(logits_in(output)), batch, self.config.label_smoothing)
+        smoothing = self.config.label_smoothing
+        if isinstance(batch, Given):  # nobody has looked at its targets before
+            logits = class_logits(output, batch)
+            return cross_entropy(logits, batch._replace(y=batch.y.long()), smoothing)
+        return cross_entropy(wide(logits_in(output)), batch, smoothing)
