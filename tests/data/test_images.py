@@ -383,6 +383,27 @@ def test_class_folders_one_level_too_deep_are_pointed_at(tmp_path):
         truenorm.load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [({"image_size": 16}, "--image-size"), ({"skip_unreadable": True}, "--skip-unreadable")],
+)
+def test_options_of_image_files_are_refused_for_other_data(tmp_path, fields, option):
+    (tmp_path / "t.csv").write_text("a,b\n" + "1,x\n2,y\n" * 20)
+    np.savez(tmp_path / "a.npz", x=np.zeros((8, 4, 4)), y=np.arange(8) % 2)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-images-idx3-ubyte").write_bytes(b"")
+    given = [tmp_path / name for name in ("t.csv", "a.npz", "mnist")]
+    for source in (*map(str, given), "digits", (np.zeros((8, 4, 4)), np.arange(8) % 2)):
+        with pytest.raises(InputError, match=f"is no folder of image files; leave {option} out"):
+            truenorm.load(source, **fields)
+
+
+def test_one_image_is_refused_for_training(tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: is one image; give a folder of images for each"):
+        truenorm.load(str(tmp_path / "a.png"))
+
+
 # For a trained model --------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -89,7 +89,12 @@ def read_pictures(
     broken: dict[int, _Unreadable] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on large images and odd metadata
-        heads = _sorted_out(_each(_look, files), range(len(files)), broken)
+        heads: dict[int, _Head] = {}
+        for i, head in enumerate(_each(_look, files)):
+            if isinstance(head, _Unreadable):
+                broken[i] = head
+            else:
+                heads[i] = head
         x, heads, plan = _decoded(files, heads, broken, image, reading)
     if broken and not (reading.skip_unreadable and heads):
         raise _refusal(files, broken, folder, told)
@@ -100,7 +105,7 @@ def read_pictures(
     return Pictures(x, list(heads), tuple(told + note for note in notes if note))
 
 
-def _each(work: Callable[[_Item], _Made], items: list[_Item]) -> list[_Made | _Unreadable]:
+def _each(work: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made | _Unreadable]:
     """``work`` of each item in order, or why it cannot be done; Pillow uses all cores."""
 
     def safely(item: _Item) -> _Made | _Unreadable:
@@ -110,20 +115,7 @@ def _each(work: Callable[[_Item], _Made], items: list[_Item]) -> list[_Made | _U
             return error
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(safely, items))
-
-
-def _sorted_out(
-    made: list[_Made | _Unreadable], places: Sequence[int], broken: dict[int, _Unreadable]
-) -> dict[int, _Made]:
-    """What was made, by its place; the rest is added to ``broken``."""
-    good: dict[int, _Made] = {}
-    for i, one in zip(places, made, strict=True):
-        if isinstance(one, _Unreadable):
-            broken[i] = one
-        else:
-            good[i] = one
-    return good
+        yield from pool.map(safely, items)
 
 
 # -- one file -------------------------------------------------------------------------------------
@@ -158,7 +150,7 @@ def _metadata(image: Any) -> tuple[bool, bool]:
 
 
 def _decode(path: Path, plan: _Plan) -> Array:
-    """(H, W) or (H, W, 3) bytes of an image, upright."""
+    """(H, W) or (3, H, W) bytes of an image, upright."""
     from PIL import Image, ImageOps
 
     try:
@@ -172,7 +164,8 @@ def _decode(path: Path, plan: _Plan) -> Array:
             plain = plain.convert("L" if plan.grey else "RGB")
             if plain.size != plan.size:
                 plain = ImageOps.fit(plain, plan.size, Image.Resampling.BICUBIC)
-            return np.asarray(plain)
+            pixels = np.asarray(plain)
+            return pixels if plan.grey else pixels.transpose(2, 0, 1)
     except _Unreadable:
         raise
     except Exception as error:
@@ -216,14 +209,21 @@ def _decoded(
     reading: Reading,
 ) -> tuple[Array, dict[int, _Head], _Plan]:
     """The images, and the heads of those that could be decoded; others are added to ``broken``."""
-    plan, found = _Plan((0, 0), True), dict[int, Array]()
+    x, plan = np.empty(0, np.uint8), _Plan((0, 0), True)
     # Those that are left when some cannot be decoded may all be grey, or of one size.
     while heads and plan != (plan := _plan(heads.values(), image, reading)):
+        width, height = plan.size
+        x = np.empty((len(heads), *(() if plan.grey else (3,)), height, width), np.uint8)
+        good: dict[int, _Head] = {}
         decode = functools.partial(_decode, plan=plan)
-        found = _sorted_out(_each(decode, [files[i] for i in heads]), list(heads), broken)
-        heads = {i: heads[i] for i in found}
-    x = np.stack(list(found.values())) if found else np.empty((0, 0, 0), np.uint8)
-    return (x if plan.grey else x.transpose(0, 3, 1, 2)), heads, plan
+        for i, made in zip(heads, _each(decode, [files[i] for i in heads]), strict=True):
+            if isinstance(made, _Unreadable):
+                broken[i] = made
+            else:
+                x[len(good)] = made
+                good[i] = heads[i]
+        x, heads = x[: len(good)], good
+    return x, heads, plan
 
 
 def _plan(heads: Collection[_Head], image: tuple[int, ...] | None, reading: Reading) -> _Plan:
