@@ -126,8 +126,8 @@ def _built(variant: Variant, splits: Splits) -> Variant:
     """``variant``, once it was built; one of a factory's with the digest of what that builds."""
     shape, classes = splits.input_shape, len(splits.classes)
     device_of(variant.config.device)
-    variant.config.check_shape(splits.input_shape)
     model = build(variant.spec, shape, classes, seed=0)
+    variant.config.check_shape(shape)  # after the model, whose recipe may move images
     if not is_factory(variant.spec.name):
         return variant
     check_head(model, splits, f"{variant.spec.name}, norm {variant.spec.norm},")
