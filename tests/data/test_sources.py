@@ -214,7 +214,7 @@ def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
     image_folder(tmp_path)
     Image.fromarray(np.full((4, 5), 30_000, np.uint16)).save(tmp_path / "dog" / "3.png")
     splits = truenorm.load(str(tmp_path))
-    assert "1 images of 16 bits are scaled to 8" in splits.notes[0]
+    assert "1 image of 16 bits is scaled to 8" in splits.notes[0]
     parts = (splits.train, splits.valid, splits.test)
     found = [p.x[list(p.ids).index("dog/3.png")] for p in parts if "dog/3.png" in p.ids]
     assert found[0].unique().tolist() == [round(30_000 * 255 / 65_535)]

@@ -28,8 +28,9 @@ from truenorm.data.preparation import Preparation
 from truenorm.data.readers.examples import Array, Examples, Source
 from truenorm.data.readers.handed import handed
 from truenorm.data.readers.idx import is_idx_name, read_idx_folder
-from truenorm.data.readers.images import is_image_name, read_image_files, read_image_folder
+from truenorm.data.readers.images import read_image_files, read_image_folder
 from truenorm.data.readers.npz import read_npz
+from truenorm.data.readers.pictures import is_image_name
 from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, read_table
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
@@ -108,6 +109,7 @@ def uncut(
     """
     reading = reading or Reading()
     if not isinstance(source, str | Path):
+        _refuse_image_options("data from Python", reading)
         return Uncut(_labelled(handed(source, target, reading), None))
     found = read(source, Asked(target, preparation), reading, image)
     labelled = _labelled(found.train, found.train.order)
@@ -188,6 +190,8 @@ def read(
             f"data {name!r} is neither a file or folder nor an embedded data set "
             f"({', '.join(EMBEDDED)}); correct the path."
         )
+    if name in EMBEDDED or not _holds_images(path):
+        _refuse_image_options(name, reading)
     if name not in EMBEDDED and path.is_file() and is_table_name(path.name):
         return Source(read_table(path, asked, reading), None)
     named = asked.target if asked.label_known else None
@@ -206,18 +210,34 @@ def _of_path(
 ) -> Source:
     """What lies at a path and is no table."""
     if path.is_dir():
-        if any(is_idx_name(p.name) for p in path.iterdir()):
+        if not _holds_images(path):
             return read_idx_folder(path, labels_needed)
         return read_image_folder(path, labels_needed, image, reading)
     if path.suffix.lower() == ".npz":
         return read_npz(path, labels_needed)
-    if is_image_name(path.name) and not labels_needed:
+    if is_image_name(path.name):
+        if labels_needed:
+            raise InputError(f"{path}: is one image; give a folder of images for each class.")
         return read_image_files([path], image, reading)
     raise InputError(
         f"{path}: cannot tell what this is from {path.suffix or 'a name without an ending'!r}; "
         f"give a .npz, {', '.join(TEXT_ENDINGS)} or .parquet file, a folder of IDX files or a "
         "folder of images per class."
     )
+
+
+def _holds_images(path: Path) -> bool:
+    if path.is_dir():
+        return not any(is_idx_name(p.name) for p in path.iterdir())
+    return is_image_name(path.name)
+
+
+def _refuse_image_options(name: str, reading: Reading) -> None:
+    for option in ("image_size", "skip_unreadable"):
+        if option in reading.to_json():
+            raise InputError(
+                f"{name}: is no folder of image files; leave --{option.replace('_', '-')} out."
+            )
 
 
 def _read_mnist() -> Source:

@@ -127,7 +127,7 @@ def _built(variant: Variant, splits: Splits) -> Variant:
     shape, classes = splits.input_shape, len(splits.classes)
     device_of(variant.config.device)
     model = build(variant.spec, shape, classes, seed=0)
-    variant.config.check_shape(shape)
+    variant.config.check_shape(shape)  # after the model, whose recipe may move images
     if not is_factory(variant.spec.name):
         return variant
     check_head(model, splits, f"{variant.spec.name}, norm {variant.spec.norm},")

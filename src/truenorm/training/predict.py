@@ -78,11 +78,14 @@ def predict(
         reading=reading,
     )
     unlabelled = trained.accept(given.x, name)
-    known = None
-    if given.labels is not None:
-        known = dataset(given.x, given.labels, classes=trained.classes, name=name)
-    logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
     called = reading.id or ("row" if given.ids is None else "file")
+    labels, notes = given.labels, given.notes
+    others = set() if labels is None else {*labels.tolist()} - {*trained.classes}
+    if others and called == "file":  # folders may sort images otherwise than by class
+        labels = None
+        notes += (f"{name}: no accuracy, for {min(others)!r} is none of the model's classes",)
+    known = None if labels is None else dataset(given.x, labels, classes=trained.classes, name=name)
+    logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
     return Prediction(
         str(run),
         name,
@@ -92,7 +95,7 @@ def predict(
         None if known is None else score(logits, known),
         called,
         list(range(len(given.x))) if given.ids is None else given.ids.tolist(),
-        given.notes,
+        notes,
     )
 
 
