@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import reference
 from samples import blobs
 from truenorm import InputError
-from truenorm.data.batches import chunks, gather, in_batches, in_order, shifted
+from truenorm.data.augmentation import shifted
+from truenorm.data.batches import chunks, gather, in_batches, in_order
 from truenorm.data.datasets import Dataset, Scaling, Splits, dataset, split
 
 CPU = torch.device("cpu")

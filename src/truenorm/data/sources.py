@@ -34,6 +34,14 @@ from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, rea
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
+# Fields of Reading that change how data of a kind are read.
+_CONCERNS = {
+    "text tables": {"id", "missing", "encoding"},
+    "tables": {"id", "missing"},
+    "images": {"image_size", "skip_unreadable"},
+    "arrays": set[str](),
+}
+
 
 class Unlabelled(NamedTuple):
     """What a trained model is to judge."""
@@ -108,14 +116,16 @@ def uncut(
     """
     reading = reading or Reading()
     if not isinstance(source, str | Path):
-        return Uncut(_labelled(handed(source, target, reading), None))
-    found = read(source, Asked(target, preparation), reading, image)
-    labelled = _labelled(found.train, found.train.order)
-    test = None if found.test is None else _labelled(found.test, labelled.classes)
-    valid = None if found.valid is None else _labelled(found.valid, labelled.classes)
+        found = handed(source, target, reading)
+        _refuse_ignored(reading, "tables" if found.columns else "arrays", found.name)
+        return Uncut(_labelled(found, None), notes=found.notes)
+    parts = read(source, Asked(target, preparation), reading, image)
+    labelled = _labelled(parts.train, parts.train.order)
+    test = None if parts.test is None else _labelled(parts.test, labelled.classes)
+    valid = None if parts.valid is None else _labelled(parts.valid, labelled.classes)
     if preparation is not None:
         labelled = prepared(labelled, preparation)
-    notes = [n for part in found if part is not None for n in part.notes]
+    notes = [n for part in parts if part is not None for n in part.notes]
     return Uncut(labelled, test, valid, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -189,6 +199,8 @@ def read(
             f"({', '.join(EMBEDDED)}); correct the path."
         )
     if name not in EMBEDDED and path.is_file() and is_table_name(path.name):
+        as_text = path.name.lower().endswith(TEXT_ENDINGS)
+        _refuse_ignored(reading, "text tables" if as_text else "tables", name)
         return Source(read_table(path, asked, reading), None)
     named = asked.target if asked.label_known else None
     for option, value in (("target", named), ("id", reading.id)):
@@ -197,6 +209,7 @@ def read(
                 f"{name}: is no table, so it has no column {value!r}; leave --{option} out."
             )
     if name in EMBEDDED:
+        _refuse_ignored(reading, "arrays", name)
         return EMBEDDED[name]()
     return _of_path(path, asked.labels_needed, reading, image)
 
@@ -207,17 +220,31 @@ def _of_path(
     """What lies at a path and is no table."""
     if path.is_dir():
         if any(is_idx_name(p.name) for p in path.iterdir()):
+            _refuse_ignored(reading, "arrays", str(path))
             return read_idx_folder(path, labels_needed)
+        _refuse_ignored(reading, "images", str(path))
         return read_image_folder(path, labels_needed, image, reading)
     if path.suffix.lower() == ".npz":
+        _refuse_ignored(reading, "arrays", str(path))
         return read_npz(path, labels_needed)
     if is_image_name(path.name) and not labels_needed:
+        _refuse_ignored(reading, "images", str(path))
         return read_image_files([path], image, reading)
     raise InputError(
         f"{path}: cannot tell what this is from {path.suffix or 'a name without an ending'!r}; "
         f"give a .npz, {', '.join(TEXT_ENDINGS)} or .parquet file, a folder of IDX files or a "
         "folder of images per class."
     )
+
+
+def _refuse_ignored(reading: Reading, kind: str, name: str) -> None:
+    """Refuse a choice that does not concern this kind of data."""
+    for option in reading.to_json():
+        if option not in _CONCERNS[kind]:
+            raise InputError(
+                f"{name}: {option} has no meaning for {kind}; leave "
+                f"--{option.replace('_', '-')} out."
+            )
 
 
 def _read_mnist() -> Source:
