@@ -74,7 +74,9 @@ class Prepared:
             empty = "; empty cells a category of their own" if self.indicator else ""
             return f"one of {len(self.categories)}: {shown}{empty}"
         if self.indicator:
-            return f"as it is; empty cells become the median {self.fill:.6g}, and are told"
+            return (
+                f"as it is; empty cells become the median {self.fill:.6g}, and a column marks them"
+            )
         if self.constant:
             return "as it is; the same in every training row, so it tells nothing"
         return "0 or 1" if self.kind == "boolean" else "as it is"
@@ -129,18 +131,15 @@ class Preparation:
                 if rows:
                     shown = ", ".join(repr(c) for c in new[:4]) + (", ..." if new[4:] else "")
                     told.append(
-                        f"column {learned.name!r}: {rows} rows hold {shown}, unknown to "
-                        "the model; each counts as none of its categories"
+                        f"column {learned.name!r}: {_rows(rows)} {shown}, unknown to the "
+                        "model; each counts as none of its categories"
                     )
             if empty.any() and not learned.indicator:
-                became = (
-                    "none of its categories"
-                    if learned.fill is None
-                    else (f"the median {learned.fill:.6g}")
-                )
+                fill = learned.fill
+                became = "none of its categories" if fill is None else f"the median {fill:.6g}"
                 told.append(
-                    f"column {learned.name!r}: {int(empty.sum())} cells are empty, as none "
-                    f"was in training; each becomes {became}"
+                    f"column {learned.name!r}: {_rows(int(empty.sum()))} nothing, as no row did "
+                    f"in training; each becomes {became}"
                 )
         return told
 
@@ -195,6 +194,10 @@ def _learned(values: Array, column: Column) -> Prepared:
     fill = float(imputer.fit(values[:, None]).statistics_[0])
     constant = not empty and bool((values == values[0]).all())
     return Prepared(column.name, column.kind, fill, empty, constant=constant)
+
+
+def _rows(count: int) -> str:
+    return "1 row holds" if count == 1 else f"{count:,} rows hold"
 
 
 def short(text: str) -> str:

@@ -78,9 +78,14 @@ def predict(
         reading=reading,
     )
     unlabelled = trained.accept(given.x, name)
-    known = None
+    known, notes = None, given.notes
     if given.labels is not None:
-        known = dataset(given.x, given.labels, classes=trained.classes, name=name)
+        try:
+            known = dataset(given.x, given.labels, classes=trained.classes, name=name)
+        except InputError as error:
+            if target is not None:
+                raise
+            notes = (*notes, f"nothing is scored: {error}")
     logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
     called = reading.id or ("row" if given.ids is None else "file")
     return Prediction(
@@ -92,7 +97,7 @@ def predict(
         None if known is None else score(logits, known),
         called,
         list(range(len(given.x))) if given.ids is None else given.ids.tolist(),
-        given.notes,
+        notes,
     )
 
 

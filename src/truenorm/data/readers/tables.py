@@ -80,6 +80,11 @@ def read_table(path: Path, asked: Asked, reading: Reading) -> Examples:
     except (arrow.ArrowInvalid, arrow.ArrowKeyError, UnicodeError, OSError, EOFError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
+        if isinstance(error, UnicodeError) and reading.encoding is not None:
+            raise InputError(
+                f"{path}: is not {reading.encoding}: {one_line(error)}; leave --encoding out, or "
+                "name another."
+            ) from error
         raise InputError(f"{path}: does not parse: {one_line(error)}; mend the file.") from error
     return examples_of(
         found.table, str(path), asked, reading, found.notes, decimal_comma=found.decimal_comma
@@ -162,6 +167,14 @@ def examples_of(
         y = _label_column(table.column(target), target, name, needed=asked.label_known)
         if y is None:
             notes = (*notes, f"{name}: {target!r} is not filled in every row, so nothing is scored")
+        elif asked.labels_needed and y.dtype.kind in "iu":
+            classes = len(np.unique(y))
+            if classes > _MOST_CATEGORIES and len(y) < 5 * classes:
+                notes = (
+                    *notes,
+                    f"{name}: {target!r} has {classes} different numbers in {len(y)} rows, each a "
+                    "class of its own; if they are measurements, cut them into ranges first",
+                )
     if asked.preparation is None:
         wanted = asked.features or tuple(c for c in columns if c not in (asked.target, reading.id))
         needed = asked.features or ()
