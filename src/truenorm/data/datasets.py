@@ -18,6 +18,8 @@ from torch import Tensor
 from truenorm.data.preparation import Column, Preparation
 from truenorm.errors import InputError
 
+_MOST_FRACTIONLESS = 50  # different whole numbers stored as floats: more are measurements
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -325,7 +327,10 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
     if labels.shape == (count, 1):  # as Keras stores them
         labels = labels[:, 0]
     if labels.dtype.kind == "S":
-        labels = np.char.decode(labels)
+        try:
+            labels = np.char.decode(labels)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: labels are bytes that are no UTF-8; decode them.") from error
     if labels.shape != (count,):
         raise InputError(
             f"{name}: needs one label per example, shape ({count},), got labels of shape "
@@ -340,6 +345,12 @@ def _labels(y: Any, count: int, name: str) -> np.ndarray[Any, Any]:
                 f"{name}: labels are measurements such as {labels[labels != np.rint(labels)][0]}; "
                 "TrueNorm classifies, it does not fit curves. Name a column of classes, or cut "
                 "the measurements into ranges first."
+            )
+        if (found := len(np.unique(labels))) > _MOST_FRACTIONLESS and count < 5 * found:
+            raise InputError(
+                f"{name}: labels are {found} different numbers such as {labels[0]} in {count} "
+                "rows, measurements rather than classes; TrueNorm classifies, it does not fit "
+                "curves. Cut them into ranges first, or store classes as integers or text."
             )
     elif labels.dtype.kind == "O":
         missing = [

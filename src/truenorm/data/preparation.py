@@ -13,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 _EMPTY = "(empty)"
+_MOST_LETTERS = 30  # of a category in a table
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Prepared:
         fill: what an empty cell of numbers becomes; None for categories.
         indicator: whether a further column of zeros and ones tells empty cells.
         categories: that each have a column.
+        constant: whether all training rows hold the same.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Prepared:
     fill: float | None = None
     indicator: bool = False
     categories: tuple[str, ...] = ()
+    constant: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -66,11 +69,16 @@ class Prepared:
     def made(self) -> str:
         """What became of it, in words."""
         if self.kind == "category":
-            shown = ", ".join(self.categories[:4]) + (", ..." if len(self.categories) > 4 else "")
+            shown = ", ".join(map(short, self.categories[:4]))
+            shown += ", ..." if len(self.categories) > 4 else ""
             empty = "; empty cells a category of their own" if self.indicator else ""
             return f"one of {len(self.categories)}: {shown}{empty}"
         if self.indicator:
-            return f"as it is; empty cells become the median {self.fill:.6g}, and are told"
+            return (
+                f"as it is; empty cells become the median {self.fill:.6g}, and a column marks them"
+            )
+        if self.constant:
+            return "as it is; the same in every training row, so it tells nothing"
         return "0 or 1" if self.kind == "boolean" else "as it is"
 
 
@@ -123,18 +131,15 @@ class Preparation:
                 if rows:
                     shown = ", ".join(repr(c) for c in new[:4]) + (", ..." if new[4:] else "")
                     told.append(
-                        f"column {learned.name!r}: {rows} rows hold {shown}, unknown to "
-                        "the model; each counts as none of its categories"
+                        f"column {learned.name!r}: {_rows(rows)} {shown}, unknown to the "
+                        "model; each counts as none of its categories"
                     )
             if empty.any() and not learned.indicator:
-                became = (
-                    "none of its categories"
-                    if learned.fill is None
-                    else (f"the median {learned.fill:.6g}")
-                )
+                fill = learned.fill
+                became = "none of its categories" if fill is None else f"the median {fill:.6g}"
                 told.append(
-                    f"column {learned.name!r}: {int(empty.sum())} cells are empty, as none "
-                    f"was in training; each becomes {became}"
+                    f"column {learned.name!r}: {_rows(int(empty.sum()))} nothing, as no row did "
+                    f"in training; each becomes {became}"
                 )
         return told
 
@@ -147,7 +152,7 @@ class Preparation:
     def plain(self) -> bool:
         """Whether prepared rows are the numbers as read."""
         return not self.left_out and all(
-            c.kind == "number" and not c.indicator for c in self.columns
+            c.kind == "number" and not c.indicator and not c.constant for c in self.columns
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -159,6 +164,7 @@ class Preparation:
                 "fill": c.fill,
                 "indicator": c.indicator,
                 "categories": list(c.categories),
+                "constant": c.constant,
             }
             for c in self.columns
         ]
@@ -186,7 +192,17 @@ def _learned(values: Array, column: Column) -> Prepared:
         )
     imputer = SimpleImputer(strategy="median", keep_empty_features=True)
     fill = float(imputer.fit(values[:, None]).statistics_[0])
-    return Prepared(column.name, column.kind, fill, empty)
+    constant = not empty and bool((values == values[0]).all())
+    return Prepared(column.name, column.kind, fill, empty, constant=constant)
+
+
+def _rows(count: int) -> str:
+    return "1 row holds" if count == 1 else f"{count:,} rows hold"
+
+
+def short(text: str) -> str:
+    """A text from a table, as a message or a page shows it."""
+    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 3] + "..."
 
 
 def _applied(values: Array, read: Column, learned: Prepared) -> Array:
@@ -199,4 +215,4 @@ def _applied(values: Array, read: Column, learned: Prepared) -> Array:
     # The last place, past all categories, is of what is unknown or empty.
     places = np.array([*(place.get(c, len(place)) for c in read.categories), len(place)])
     at = places[np.where(empty, len(read.categories), values).astype(np.int64)]
-    return np.concatenate([np.eye(len(place) + 1, len(place))[at], *indicator], axis=1)
+    return np.concatenate([np.eye(len(place) + 1, len(place), dtype=bool)[at], *indicator], axis=1)

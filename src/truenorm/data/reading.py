@@ -5,7 +5,6 @@ Imports no numpy, so that ``truenorm --help`` is quick.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,9 @@ class Reading:
             raise InputError(f"image_size must be an integer from 1 to 4096, got {size!r}.")
         if self.encoding is not None:
             try:
-                codecs.lookup(self.encoding)
+                b"a".decode(self.encoding)
+            except UnicodeError:  # half a letter of a known encoding
+                pass
             except LookupError as error:
                 raise InputError(
                     f"encoding {self.encoding!r} is not known; say one like utf-8, gb18030, "

@@ -35,6 +35,14 @@ from truenorm.data.readers.tables import TEXT_ENDINGS, Asked, is_table_name, rea
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 
+# Fields of Reading that change how data of a kind are read.
+_CONCERNS = {
+    "text tables": {"id", "missing", "encoding"},
+    "tables": {"id", "missing"},
+    "images": {"image_size", "skip_unreadable"},
+    "arrays": set[str](),
+}
+
 
 class Unlabelled(NamedTuple):
     """What a trained model is to judge."""
@@ -109,15 +117,16 @@ def uncut(
     """
     reading = reading or Reading()
     if not isinstance(source, str | Path):
-        _refuse_image_options("data from Python", reading)
-        return Uncut(_labelled(handed(source, target, reading), None))
-    found = read(source, Asked(target, preparation), reading, image)
-    labelled = _labelled(found.train, found.train.order)
-    test = None if found.test is None else _labelled(found.test, labelled.classes)
-    valid = None if found.valid is None else _labelled(found.valid, labelled.classes)
+        found = handed(source, target, reading)
+        _refuse_ignored(reading, "tables" if found.columns else "arrays", found.name)
+        return Uncut(_labelled(found, None), notes=found.notes)
+    parts = read(source, Asked(target, preparation), reading, image)
+    labelled = _labelled(parts.train, parts.train.order)
+    test = None if parts.test is None else _labelled(parts.test, labelled.classes)
+    valid = None if parts.valid is None else _labelled(parts.valid, labelled.classes)
     if preparation is not None:
         labelled = prepared(labelled, preparation)
-    notes = [n for part in found if part is not None for n in part.notes]
+    notes = [n for part in parts if part is not None for n in part.notes]
     return Uncut(labelled, test, valid, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -190,9 +199,9 @@ def read(
             f"data {name!r} is neither a file or folder nor an embedded data set "
             f"({', '.join(EMBEDDED)}); correct the path."
         )
-    if name in EMBEDDED or not _holds_images(path):
-        _refuse_image_options(name, reading)
     if name not in EMBEDDED and path.is_file() and is_table_name(path.name):
+        as_text = path.name.lower().endswith(TEXT_ENDINGS)
+        _refuse_ignored(reading, "text tables" if as_text else "tables", name)
         return Source(read_table(path, asked, reading), None)
     named = asked.target if asked.label_known else None
     for option, value in (("target", named), ("id", reading.id)):
@@ -201,6 +210,7 @@ def read(
                 f"{name}: is no table, so it has no column {value!r}; leave --{option} out."
             )
     if name in EMBEDDED:
+        _refuse_ignored(reading, "arrays", name)
         return EMBEDDED[name]()
     return _of_path(path, asked.labels_needed, reading, image)
 
@@ -210,14 +220,18 @@ def _of_path(
 ) -> Source:
     """What lies at a path and is no table."""
     if path.is_dir():
-        if not _holds_images(path):
+        if any(is_idx_name(p.name) for p in path.iterdir()):
+            _refuse_ignored(reading, "arrays", str(path))
             return read_idx_folder(path, labels_needed)
+        _refuse_ignored(reading, "images", str(path))
         return read_image_folder(path, labels_needed, image, reading)
     if path.suffix.lower() == ".npz":
+        _refuse_ignored(reading, "arrays", str(path))
         return read_npz(path, labels_needed)
     if is_image_name(path.name):
         if labels_needed:
             raise InputError(f"{path}: is one image; give a folder of images for each class.")
+        _refuse_ignored(reading, "images", str(path))
         return read_image_files([path], image, reading)
     raise InputError(
         f"{path}: cannot tell what this is from {path.suffix or 'a name without an ending'!r}; "
@@ -226,17 +240,13 @@ def _of_path(
     )
 
 
-def _holds_images(path: Path) -> bool:
-    if path.is_dir():
-        return not any(is_idx_name(p.name) for p in path.iterdir())
-    return is_image_name(path.name)
-
-
-def _refuse_image_options(name: str, reading: Reading) -> None:
-    for option in ("image_size", "skip_unreadable"):
-        if option in reading.to_json():
+def _refuse_ignored(reading: Reading, kind: str, name: str) -> None:
+    """Refuse a choice that does not concern this kind of data."""
+    for option in reading.to_json():
+        if option not in _CONCERNS[kind]:
             raise InputError(
-                f"{name}: is no folder of image files; leave --{option.replace('_', '-')} out."
+                f"{name}: {option} has no meaning for {kind}; leave "
+                f"--{option.replace('_', '-')} out."
             )
 
 

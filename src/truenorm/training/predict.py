@@ -78,14 +78,16 @@ def predict(
         reading=reading,
     )
     unlabelled = trained.accept(given.x, name)
-    called = reading.id or ("row" if given.ids is None else "file")
-    labels, notes = given.labels, given.notes
-    others = set() if labels is None else {*labels.tolist()} - {*trained.classes}
-    if others and called == "file":  # folders may sort images otherwise than by class
-        labels = None
-        notes += (f"{name}: no accuracy, for {min(others)!r} is none of the model's classes",)
-    known = None if labels is None else dataset(given.x, labels, classes=trained.classes, name=name)
+    known, notes = None, given.notes
+    if given.labels is not None:
+        try:
+            known = dataset(given.x, given.labels, classes=trained.classes, name=name)
+        except InputError as error:
+            if target is not None:
+                raise
+            notes = (*notes, f"nothing is scored: {error}")
     logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
+    called = reading.id or ("row" if given.ids is None else "file")
     return Prediction(
         str(run),
         name,

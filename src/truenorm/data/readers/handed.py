@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ def handed(source: Any, target: str | None, reading: Reading) -> Examples:
         InputError: it is nothing that examples and labels can be had from.
     """
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, polars
-        return examples_of(_arrow(source), "data frame", Asked(target), reading)
+        named = None if target is None else str(target)  # Arrow names all columns in text
+        return examples_of(_arrow(source), "data frame", Asked(named), reading)
     if target is not None:
         raise InputError(f"target={target!r} names a column of a table, got {_kind(source)}.")
     if isinstance(source, dict) and {"data", "target"} <= source.keys():  # scikit-learn's Bunch
@@ -58,10 +59,15 @@ def _pair(x: Any, y: Any, names: Any = None) -> Examples:
     if names is not None:
         y = np.asarray(names)[np.asarray(y)]
     try:
-        x = x if isinstance(x, Tensor) else np.asarray(x)
-        y = y if isinstance(y, Tensor) else np.asarray(y)
+        x = x if isinstance(x, Tensor) else np.asanyarray(x)
+        y = y if isinstance(y, Tensor) else np.asanyarray(y)
     except ValueError as error:
-        raise InputError(f"x and y must be arrays of one shape each: {one_line(error)}.") from error
+        raise InputError(
+            f"x and y must be arrays, whose rows are of one length: {one_line(error)}"
+        ) from error
+    for array in (x, y):
+        if isinstance(array, np.ma.MaskedArray) and array.mask.any():
+            raise InputError("x and y must hold values throughout, got a masked array; fill it.")
     return Examples(x, y, "data")
 
 
@@ -76,19 +82,28 @@ def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
 
 def _gathered(pairs: Iterable[tuple[Any, Any]], *, batched: bool) -> Examples:
     """All pairs in one array each; ``batched`` ones are joined, single ones stacked."""
-    found = [(_tensor(x), _tensor(y)) for x, y in pairs]
+    found = [(_tensor(x), y) for x, y in pairs]
     if not found:
         raise InputError(f"the data hold no example; {_WHAT}")
+    xs, ys = zip(*found, strict=True)
     join = torch.cat if batched else torch.stack
     try:
-        x, y = (join(list(part)) for part in zip(*found, strict=True))
+        x, y = join(xs), _labels(ys, join, batched=batched)
     except RuntimeError as error:
-        shapes = list(dict.fromkeys(tuple(x.shape) for x, _ in found))[:3]
+        shapes = list(dict.fromkeys(tuple(x.shape) for x in xs))[:3]
         raise InputError(
             f"the data's examples differ in shape, such as {', '.join(map(str, shapes))}; bring "
             "them to one shape first."
         ) from error
     return Examples(x, y, "data")  # type: ignore[arg-type]  # tensors are checked as arrays are
+
+
+def _labels(ys: Any, join: Callable[[list[Tensor]], Tensor], *, batched: bool) -> Any:
+    """All labels in one tensor, or, where they are texts, in one array."""
+    texts = [text for y in ys for text in y] if batched else list(ys)
+    if texts and all(isinstance(text, str) for text in texts):
+        return np.array(texts)
+    return join([_tensor(y) for y in ys])
 
 
 def _tensor(value: Any) -> Tensor:
@@ -111,5 +126,8 @@ def _arrow(frame: Any) -> Any:
         if hasattr(frame, "to_arrow"):
             return frame.to_arrow()
         return arrow.Table.from_pandas(frame, preserve_index=False)
-    except (arrow.ArrowInvalid, arrow.ArrowTypeError, TypeError) as error:
-        raise InputError(f"the data frame cannot be read: {one_line(error)}.") from error
+    except (arrow.ArrowInvalid, arrow.ArrowTypeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the data frame cannot be read: {one_line(error)}; give each column a name and a "
+            "type of its own."
+        ) from error

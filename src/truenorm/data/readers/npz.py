@@ -27,7 +27,7 @@ def read_npz(path: Path, labels_needed: bool) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: _array(archive, key, path) for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
