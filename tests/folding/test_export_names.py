@@ -56,7 +56,7 @@ def test_outputs_are_called_by_the_keys_of_what_the_model_returns(tmp_path, make
     tn.export(Returning(make).eval(), images(4, 6), tmp_path / "m.onnx")
     taken, given = interface(tmp_path / "m.onnx")
     assert taken == {"x": ["batch", 6]}
-    assert given == dict.fromkeys(names, ["batch", 4])
+    assert given == {name: ["batch", 4] for name in names}
 
 
 def test_a_classifiers_output_is_called_logits(tmp_path):

@@ -268,7 +268,8 @@ def _name(made: torch.onnx.ONNXProgram, program: torch.export.ExportedProgram, o
     """
     graph = made.model.graph
     taken = {given.name for given in graph.inputs}
-    for output, name in zip(graph.outputs, _output_names(program, one), strict=True):
+    for output, key in zip(graph.outputs, _output_names(program, one), strict=True):
+        name = key
         while name in taken:  # by an input, or another key with the same letters
             name += "_"
         taken.add(name)
