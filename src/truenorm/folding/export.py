@@ -274,12 +274,12 @@ def _name(made: torch.onnx.ONNXProgram, program: torch.export.ExportedProgram, o
             name += "_"
         taken.add(name)
         output.name = name
-    sizes: dict[str, str] = {}
+    sizes: dict[Any, str] = {}
     for given in graph.inputs:
         for size in given.shape or ():
             if not isinstance(size, int) and size.value is not None:
                 sizes.setdefault(size.value, f"{given.name}_batch" if sizes else "batch")
-    made.rename_axes(dict(sizes))
+    made.rename_axes(sizes)
 
 
 def _output_names(program: torch.export.ExportedProgram, one: str) -> list[str]:
@@ -287,6 +287,7 @@ def _output_names(program: torch.export.ExportedProgram, one: str) -> list[str]:
     returned = program.graph_signature.output_specs
     spec = program.call_spec.out_spec
     assert spec is not None
+    places: list[tuple[Any, Any]]
     places, _ = tree_flatten_with_path(tree_unflatten(range(len(returned)), spec))
     tensors = [path for path, i in places if isinstance(returned[i].arg, TensorArgument)]
     names = []
