@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ _WHERE = "run where it can be imported, or add its folder to PYTHONPATH"
 
 
 def is_factory(name: str) -> bool:
-    """Whether a model's name is that of a factory."""
-    return ":" in name
+    """Whether a name is that of a factory; a path from a drive of Windows is none."""
+    return ":" in name and not PureWindowsPath(name).root
 
 
 def name_of(factory: Callable[..., Any]) -> str:

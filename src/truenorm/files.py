@@ -33,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         # After a success the file has its new name; where removing fails, so did writing.
-        if beside.exists() and os.access(beside.parent, os.W_OK):
+        if os.path.exists(beside) and os.access(beside.parent, os.W_OK):
             beside.unlink()
 
 

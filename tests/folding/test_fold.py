@@ -281,7 +281,7 @@ def test_a_frozen_norm_with_an_activation_inside_keeps_it(act):
     model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), frozen))
     folded = fold(model, images())
     assert forms(folded) == {"1": "into producer"}
-    assert type(folded.model[1]) is type(act)
+    assert isinstance(folded.model[1], type(act))
     same(model, folded, images())
 
 

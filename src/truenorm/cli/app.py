@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -38,6 +39,9 @@ for _command in (train, compare, claims, predict, doctor, recalibrate, fold, exp
 def main(tokens: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 for what the user must mend, 130 interrupted."""
     tokens = sys.argv[1:] if tokens is None else tokens
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may not have all that names hold
+            stream.reconfigure(errors="backslashreplace")
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         with share_cores():

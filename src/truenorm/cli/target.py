@@ -22,7 +22,7 @@ from truenorm.data.reading import Reading
 from truenorm.data.sources import load, uncut
 from truenorm.doctor.facts import MOST_BATCHES
 from truenorm.errors import InputError
-from truenorm.factories import called, foreign, found, offer, relative
+from truenorm.factories import called, foreign, found, is_factory, offer, relative
 from truenorm.files import write_atomically
 from truenorm.training.run import Run
 from truenorm.training.saved import load_model
@@ -78,7 +78,7 @@ def open_target(
         return _of_run(path, data, target, most)
     if is_checkpoint(text):
         return _of_checkpoint(path, data)
-    if ":" in text:
+    if is_factory(text):
         return _of_factory(text, data, target, most)
     if path.exists():
         raise InputError(f"{text}: is no checkpoint ({', '.join(_CHECKPOINTS)}); {_WHAT}.")

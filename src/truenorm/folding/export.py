@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import TensorArgument
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from truenorm.calling.borrowing import unwrapped
 from truenorm.calling.nested import mapped, tensors_in
@@ -109,6 +113,10 @@ def export(
         scaling: as :func:`truenorm.fold` takes it; it is part of the file even where nothing is
             folded.
         about: metadata for the file: plain values, as classes; ``scaling`` joins them.
+
+    An ONNX file's inputs are called as the forward's arguments, its outputs by the keys of what it
+    returns; a single tensor is "logits" where ``about`` has classes, else "output". The dynamic
+    axis is "batch".
 
     Returns:
         The file, with the largest error of its outputs.
@@ -245,8 +253,51 @@ def _write_onnx(model: nn.Module, given: Any, size: int, path: Path, about: Any)
             f"{type(model).__name__} has no ONNX form ({_first_line(error)}); use .pt2."
         ) from error
     assert made is not None
+    _name(made, program, "logits" if "classes" in about else "output")
     made.model.metadata_props[_KEY] = json.dumps(about)
     made.save(str(path), external_data=False)
+
+
+def _name(made: torch.onnx.ONNXProgram, program: torch.export.ExportedProgram, one: str) -> None:
+    """Call outputs by the keys of what the model returns, and dynamic axes "batch".
+
+    Args:
+        made: changed in place.
+        program: that it was made of.
+        one: what an output without a key is called.
+    """
+    graph = made.model.graph
+    taken = {given.name for given in graph.inputs}
+    for output, key in zip(graph.outputs, _output_names(program, one), strict=True):
+        name = key
+        while name in taken:  # by an input, or another key with the same letters
+            name += "_"
+        taken.add(name)
+        output.name = name
+    sizes: dict[Any, str] = {}
+    for given in graph.inputs:
+        for size in given.shape or ():
+            if not isinstance(size, int) and size.value is not None:
+                sizes.setdefault(size.value, f"{given.name}_batch" if sizes else "batch")
+    made.rename_axes(sizes)
+
+
+def _output_names(program: torch.export.ExportedProgram, one: str) -> list[str]:
+    """What leads to each tensor in what the program returns: "logits", "states_0"."""
+    returned = program.graph_signature.output_specs
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    places: list[tuple[Any, Any]]
+    places, _ = tree_flatten_with_path(tree_unflatten(range(len(returned)), spec))
+    tensors = [path for path, i in places if isinstance(returned[i].arg, TensorArgument)]
+    names = []
+    for path in tensors:
+        keys = [str(dataclasses.astuple(key)[0]) for key in path]
+        if len(tensors) == 1 and all(key.isdecimal() for key in keys):
+            keys = []  # a tuple of one
+        name = re.sub(r"\W+", "_", "_".join(keys))
+        names.append(name if name and not name[0].isdecimal() else f"{one}_{name}".rstrip("_"))
+    return names
 
 
 def _read_onnx(path: Path) -> Program:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from truenorm.folding.modules import (
     Cast,
     Function,
+    Gone,
     RawInput,
     Remainder,
     ScaleShift,
@@ -62,7 +63,7 @@ def remnant(module: nn.Module, kind: str, steps: list[Any], activation: str | No
     if activation is not None:
         return Remainder(made, activation or None)
     if not made:
-        return nn.Identity()
+        return Gone()
     return made[0] if len(made) == 1 else nn.Sequential(*made)
 
 

@@ -35,6 +35,7 @@ class Trial(NamedTuple):
         method: that is called.
         example: whether it is an example or an input like one: compared in float64, too, and
             never left out.
+        sized: whether its input has another size than the example's, rows aside.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Trial(NamedTuple):
     kwargs: dict[str, Any]
     method: str = "forward"
     example: bool = False
+    sized: bool = False
 
 
 def example_trials(subjects: Sequence[Subject]) -> Iterator[Trial]:
@@ -60,7 +62,7 @@ def size_trials(subject: Subject) -> Iterator[list[Trial]]:
     """The example in other sizes; of each list the first that the model takes is to be tried.
 
     Odd and even, smaller and larger, not square, and of 1, 2 and 3 rows, cut from the example or
-    repeated.
+    repeated. The last of each list is of the example's own size.
     """
     first = next(tensors_in((subject.args, subject.kwargs)), None)
     if first is None or first.ndim < 2:
@@ -70,7 +72,8 @@ def size_trials(subject: Subject) -> Iterator[list[Trial]]:
         yield from ([_resized(subject, first, (), rows, _one_more)] for rows in _ROWS)
         return
     for rows, changes in _CHANGES:
-        yield [_resized(subject, first, axes, rows, how) for how in changes for axes in choices]
+        sized = [_resized(subject, first, axes, rows, how) for how in changes for axes in choices]
+        yield [*sized, _resized(subject, first, (), rows, _one_more)]
 
 
 def _one_more(size: int, place: int) -> int:
@@ -137,7 +140,8 @@ def _resized(
 
     args, kwargs = mapped(subject.args, resize), mapped(subject.kwargs, resize)
     shape = next(tensors_in((args, kwargs))).shape
-    return Trial(f"an input of {' x '.join(map(str, shape))}", args, kwargs)
+    label = f"an input of {' x '.join(map(str, shape))}"
+    return Trial(label, args, kwargs, sized=bool(axes))
 
 
 def _repeated(t: Tensor, axis: int, size: int) -> Tensor:

@@ -167,15 +167,18 @@ class Whole:
 
     def _sifted(self, parts: list[ChangeSet]) -> list[ChangeSet]:
         kept, self.proved, self.unproved = list(parts), [], []
-        folded = self._folded(kept)
+        folded, untaken = self._folded(kept), []
         for i, choices in enumerate(self._trials):
             self._observe(FoldProgress(i, len(self._trials), choices[0].label))
             if self.allowance.over and not choices[0].example:
                 self.unproved.append(f"{choices[0].label}: {OVER}")
                 continue
             trial = next((one for one in choices if self._known(one) is not None), None)
+            if choices[0].sized and not (trial and trial.sized):
+                untaken.append(choices[0].label)
             if trial is None:
-                if choices[0].method == "forward":  # a method may be for anything
+                flag = choices[0].method == "forward" and not choices[0].sized
+                if flag:  # a method may be for anything
                     self.unproved.append(f"{choices[0].label}: the model does not take it")
                 continue
             seen = self._look(trial, folded)
@@ -188,7 +191,15 @@ class Whole:
             else:
                 self.proved.append((trial.label, seen))
         self._observe(FoldProgress(len(self._trials), len(self._trials), ""))
+        self.unproved += self._of_sizes(untaken)
         return kept
+
+    def _of_sizes(self, untaken: list[str]) -> list[str]:
+        """One line on the sizes that the model does not take, by their trials' labels."""
+        tried = sum(choices[0].sized for choices in self._trials)
+        if len(untaken) == tried > 1:
+            return [f"inputs of other sizes: the model takes none of the {tried} tried"]
+        return [f"{', '.join(untaken)}: the model does not take it"] if untaken else []
 
     def _without_the_wrong(self, trial: Trial, parts: list[ChangeSet]) -> list[ChangeSet]:
         """Parts, all of which fail a trial, without those that do; found by halves."""

@@ -175,4 +175,5 @@ class Run:
         return self.folder / "config.json"
 
     def _write(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, lambda path: path.write_text(text, "utf-8"))
+        # As bytes: Windows would make another line's end of one that is in a table already.
+        write_atomically(self.folder / name, lambda path: path.write_bytes(text.encode()))
