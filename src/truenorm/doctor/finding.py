@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from truenorm.doctor import codes
 from truenorm.doctor.check import Severity
+
+Verdict = Literal["healthy", "not healthy", "not examined with data"]
+NO_DATA = "needs data"  # why a check was skipped
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Examination(Protocol):
         """Number of normalization layers looked at."""
 
     @property
-    def healthy(self) -> bool:
-        """No error and no warning."""
+    def verdict(self) -> Verdict:
+        """Whether it is healthy, as far as was looked."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

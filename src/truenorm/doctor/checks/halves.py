@@ -183,7 +183,7 @@ def study_of(
     fits = []
     for half in cut:
         try:
-            _settle(facts, norms, [batch for _, batch in half])
+            settle(facts, norms, [batch for _, batch in half])
             fits.append({norm: _statistics(norm) for norm in norms})
         finally:
             for norm in norms:
@@ -191,7 +191,7 @@ def study_of(
     return Study(facts, norms, (Half(cut[0], fits[1]), Half(cut[1], fits[0])), running)
 
 
-def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
+def settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
     """Exact statistics of all layers: in one pass where the batches can be joined to one."""
     assert facts.call is not None
     layers: Any = [norm.module for norm in norms]
