@@ -16,7 +16,7 @@ from truenorm.calling.call import Arguments, Loss
 from truenorm.cores import share_cores
 from truenorm.doctor.check import SEVERITIES, Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
-from truenorm.doctor.facts import Facts, gather, observe
+from truenorm.doctor.facts import Distances, Facts, gather, observe
 from truenorm.doctor.finding import NO_DATA, Finding, Skipped, Verdict
 from truenorm.doctor.ledger.book import Book
 from truenorm.errors import InputError, choose
@@ -35,6 +35,8 @@ class Diagnosis:
         skipped: checks that could not be made, with the reason.
         layers: number of normalization layers looked at.
         with_data: whether the model was seen at work on data; else structure and tensors alone.
+        distances: how far each layer's running statistics are off, where that was measured, or
+            estimated from weights.
     """
 
     findings: tuple[Finding, ...]
@@ -42,6 +44,7 @@ class Diagnosis:
     skipped: tuple[Skipped, ...]
     layers: int
     with_data: bool = False
+    distances: Distances | None = field(default=None, compare=False)
     _again: Callable[[Collection[str]], Diagnosis] | None = field(default=None, compare=False)
 
     @property
@@ -209,7 +212,7 @@ def _examine(
     def again(codes: Collection[str]) -> Diagnosis:
         return _examine(model, batches, [c for c in CHECKS if c.code in codes], given)
 
-    diagnosis = _diagnosis(results, len(facts.norms), with_data=data is not None)
+    diagnosis = _diagnosis(results, facts, with_data=data is not None)
     return replace(diagnosis, _again=again if mendable else None)
 
 
@@ -231,7 +234,7 @@ def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
         given = dict.fromkeys(("optimizer", "loss", "device", "arguments"))
         return _examine(model, None, [c for c in CHECKS if c.code in codes], given)
 
-    return replace(_diagnosis(results, len(facts.norms), with_data=True), _again=again)
+    return replace(_diagnosis(results, facts, with_data=True), _again=again)
 
 
 def _refuse_without_values(model: nn.Module) -> None:
@@ -309,7 +312,7 @@ def _both(watched: Result, looked: Result) -> Result:
 # -- all of them ----------------------------------------------------------------------------------
 
 
-def _diagnosis(results: list[Result], layers: int, *, with_data: bool) -> Diagnosis:
+def _diagnosis(results: list[Result], facts: Facts, *, with_data: bool) -> Diagnosis:
     findings = [
         Finding(
             check.code, check.title, found.severity, found.layer, found.evidence, found.cause,
@@ -323,8 +326,9 @@ def _diagnosis(results: list[Result], layers: int, *, with_data: bool) -> Diagno
         tuple(findings),
         tuple(check.code for check, found, why in results if not found and why is None),
         tuple(Skipped(c.code, c.title, why) for c, _, why in results if why is not None),
-        layers,
+        len(facts.norms),
         with_data,
+        facts.distances,
     )
 
 

@@ -184,6 +184,38 @@ class Trial(NamedTuple):
         return f"{self.before:.4g} -> {self.after:.4g}"
 
 
+class Distance(NamedTuple):
+    """How far a layer's running statistics are off.
+
+    Attributes:
+        layer: its dotted name.
+        ratio: running variance over what it is compared with, of the median channel.
+        shift: of the means, in standard deviations, of a usual channel.
+    """
+
+    layer: str
+    ratio: float
+    shift: float
+
+
+class Distances(NamedTuple):
+    """The layers in the order of the forward, and from where on a layer is told of.
+
+    Attributes:
+        of: what they are compared with, in a few words.
+        code: of the check that tells.
+        layers: as above.
+        ratio: a variance that is more than so many times too large or small is told.
+        shift: likewise of means.
+    """
+
+    of: str
+    code: str
+    layers: tuple[Distance, ...]
+    ratio: float
+    shift: float
+
+
 @dataclass
 class Facts:
     """All that a diagnosis is made from.
@@ -202,6 +234,7 @@ class Facts:
         last: examples in the last batch of the data, also where it was not looked at; None if
             that is not known.
         tried: what remedies came to, by their names; filled when a check first asks.
+        distances: of the layers that a check has compared with data, or with their weights.
     """
 
     model: nn.Module
@@ -216,6 +249,7 @@ class Facts:
     evaluated: Evaluation = field(default_factory=Evaluation)
     last: int | None = None
     tried: dict[str, Trial | None] = field(default_factory=dict)
+    distances: Distances | None = None
 
     @property
     def batch_norms(self) -> list[NormFacts]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from truenorm.doctor import codes
 from truenorm.doctor.check import Severity
+from truenorm.doctor.facts import Distances
 
 Verdict = Literal["healthy", "not healthy", "not examined with data"]
 NO_DATA = "needs data"  # why a check was skipped
@@ -84,6 +85,10 @@ class Examination(Protocol):
     @property
     def layers(self) -> int:
         """Number of normalization layers looked at."""
+
+    @property
+    def distances(self) -> Distances | None:
+        """How far each layer's running statistics are off, where that is known."""
 
     @property
     def verdict(self) -> Verdict:

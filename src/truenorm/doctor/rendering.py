@@ -112,7 +112,7 @@ def summary(diagnosis: Examination) -> str:
     state: str = diagnosis.verdict
     if state == UNSEEN:
         blind = [skipped.code for skipped in diagnosis.skipped if skipped.why == NO_DATA]
-        state += f" ({', '.join(blind)} could not look)"
+        state += f" ({', '.join(blind)} could not look)" if blind else ""
     passed, skipped = len(diagnosis.passed), len(diagnosis.skipped)
     return (
         f"{state}: {counted(diagnosis.findings)}; "
@@ -290,5 +290,16 @@ def as_html(diagnosis: Examination, target: str, *, whole: bool = True) -> str:
         groups=groups,
         number=number,
         counts=[(s, numbers[s]) for s in SEVERITIES],
+        picture=_picture(diagnosis),
         passed={code.code: code.passed for code in codes()},
     )
+
+
+def _picture(diagnosis: Examination) -> str:
+    """How far each layer is off, as SVG; nothing where that is not known."""
+    distances = diagnosis.distances
+    if distances is None or not distances.layers:
+        return ""
+    from truenorm.doctor.plots import off  # here: matplotlib is for pages alone
+
+    return off(distances, {f.layer or "" for f in diagnosis.findings if f.code == distances.code})

@@ -5,6 +5,7 @@ The data are cut in halves, and each half is judged with the statistics of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,12 +21,12 @@ from truenorm.doctor.check import (
 from truenorm.doctor.checks.batches import calls_differ
 from truenorm.doctor.checks.halves import Study, fed, halved, norms_of, study_of
 from truenorm.doctor.checks.harm import Harm, harm_of, in_order_of, measured_of
-from truenorm.doctor.checks.misfit import Misfit
+from truenorm.doctor.checks.misfit import TOLD, Misfit
 from truenorm.doctor.checks.records import pooled_moments
 from truenorm.doctor.checks.remedies import Remedy
 from truenorm.doctor.checks.shares import MOST_NAMED, Shares, shared_out
 from truenorm.doctor.checks.trial import tried, unhelpful
-from truenorm.doctor.facts import Evaluation, Facts, NormFacts
+from truenorm.doctor.facts import Distance, Distances, Evaluation, Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 from truenorm.layers import recalibration
 from truenorm.layers.functional import Moments
@@ -45,6 +46,7 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     study = study_of(facts, norms, cut)
     running = study.judged(()) if len(facts.batches) < 2 else in_order_of(study, facts.evaluated)
     exact = study.judged(norms)
+    facts.distances = _distances(study)
     misfits, lead = _misfits(study), None
     try:
         harm = harm_of(study, running, exact)
@@ -54,18 +56,19 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
         harm = None
     if harm is None and not misfits:
         return
-    remedy = _remedy(facts, running, exact)
+    gap = harm is not None and harm.by_loss
+    remedy = _remedy(facts, running, exact, gap=gap)
     if harm is not None:
         shares = shared_out(study, running, exact, by_loss=harm.by_loss)
         lead = shares.lead()[0]
         found = _of_harm(study, harm, shares, misfits.get(lead))
         left = {"layers left out for too few values": few} if few else {}
         found = replace(found, evidence=found.evidence | left, fix=remedy.fix, advice=remedy.advice)
-        yield _lagging(facts, lead, found)
+        yield found if gap else _lagging(facts, lead, found)
     for norm, misfit in misfits.items():
         if norm is not lead:
             found = _of_misfit(study, norm, misfit, measured_of(running, exact), remedy)
-            yield _lagging(facts, norm, found)
+            yield found if gap else _lagging(facts, norm, found)
 
 
 def _misfits(study: Study) -> dict[NormFacts, Misfit]:
@@ -85,10 +88,29 @@ def _misfits(study: Study) -> dict[NormFacts, Misfit]:
     return found
 
 
-def _remedy(facts: Facts, running: Evaluation, exact: Evaluation) -> Remedy:
+def _distances(study: Study) -> Distances:
+    """Of all layers, against exact statistics."""
+    layers = (
+        Distance(norm.name, 1 / study.variance_ratio(norm), study.usual_shift(norm))
+        for norm in study.norms
+    )
+    # A misfit of TOLD, in every channel and of one kind alone.
+    alone = math.sqrt(TOLD)
+    return Distances("the data", "TN103", tuple(layers), math.exp(alone), alone)
+
+
+def _remedy(facts: Facts, running: Evaluation, exact: Evaluation, *, gap: bool) -> Remedy:
     """Recalibration, if it is no worse by its own measure; else what was tried."""
     trial, now, best = tried(facts), running.loss, exact.loss
     if trial is not None:
+        if trial.worse and gap:
+            return Remedy(
+                None,
+                "Tried: on the batches that truenorm.recalibrate(model, data) holds out the loss "
+                f"gets worse ({trial.change}), so it puts the old statistics back, though on all "
+                f"of these data it falls ({now:.4g} -> {best:.4g}). Give it more data, or "
+                "held_out=; keep_worse=True takes the exact ones.",
+            )
         if trial.worse:
             return Remedy(None, unhelpful(facts))
         told = f"{TN103.advice} Tried: the held-out loss goes {trial.change}."

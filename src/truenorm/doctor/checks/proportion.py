@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from truenorm.doctor.check import Check, Found, NotApplicable, tracking
-from truenorm.doctor.facts import Facts, NormFacts
+from truenorm.doctor.facts import Distance, Distances, Facts, NormFacts
 
 # Inputs of variance 1 that do not depend on each other leave a unit with a variance of the sum of
 # its squared weights. Trained layers lie around that: docs/doctor/TN108.md has the ranges.
@@ -45,9 +45,17 @@ def out_of_proportion(facts: Facts) -> Iterator[Found]:
     known = sorted(ratio.middle for ratio in ratios.values() if ratio is not None)
     middle = known[len(known) // 2] if len(known) >= LEAST_LAYERS else 1.0
     most = not 1 / FACTOR_OF_MOST <= middle <= FACTOR_OF_MOST
+    limit = FACTOR_OF_MOST if most else FACTOR
+    layers = [
+        Distance(norm.name, ratio.beyond(limit) or ratio.middle, _deviations(norm))
+        for norm, ratio in ratios.items()
+        if ratio is not None
+    ]
+    of = "what the weights beside it give"
+    facts.distances = Distances(of, "TN108", tuple(layers), limit, DEVIATIONS)
     for norm, ratio in ratios.items():
         causes, evidence = [], dict[str, Any]()
-        times = None if ratio is None else ratio.beyond(FACTOR_OF_MOST if most else FACTOR)
+        times = None if ratio is None else ratio.beyond(limit)
         if times is not None:
             evidence["running variance over what weights give"] = times
             told = f"{times:.2g} times" if times > 1 else f"1/{1 / times:.2g} of"

@@ -30,8 +30,8 @@ def unhelpful(facts: Facts) -> str | None:
         return None
     return (
         f"Tried: recalibrating makes the held-out loss worse ({trial.change}), so "
-        "truenorm.recalibrate(model, data) puts the old statistics back. Train on; or take the "
-        "exact ones with keep_worse=True."
+        "truenorm.recalibrate(model, data) puts the old statistics back. Train on, if training has "
+        "only begun; keep_worse=True takes the exact ones even so."
     )
 
 
