@@ -792,7 +792,7 @@ if __name__ == "__main__":
     ],
 )
 def test_what_is_held_out_is_spread_and_about_a_tenth(count, held):
-    assert list(recalibration._tenth(count)) == held
+    assert list(recalibration.held_out_of(count)) == held
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.1, 0.01, 1e-4, None])

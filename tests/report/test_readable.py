@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 
 import truenorm
+from truenorm import canvas
 from truenorm.models import ModelSpec
-from truenorm.report import canvas, study
+from truenorm.report import study
 from truenorm.report.run_page import render
 from truenorm.training import job
 

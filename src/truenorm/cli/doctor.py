@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import truenorm
-from truenorm.cli.options import DONE, FOUND, OUT, Flag, Json, Label, Model, check_file
+from truenorm.cli.options import (
+    DONE,
+    FOUND,
+    OUT,
+    UNEXAMINED,
+    Flag,
+    Json,
+    Label,
+    Model,
+    check_file,
+)
 from truenorm.errors import InputError
 
 
@@ -19,13 +29,16 @@ def doctor(
     format: Literal["text", "json", "sarif", "html"] | None = None,
     fail_on: Literal["error", "warning", "note"] = "warning",
     baseline: Path | None = None,
+    require_data: Flag = False,
     fix: Flag = False,
     out: Annotated[Path | None, OUT] = None,
     list: Flag = False,
     explain: str | None = None,
     json: Json = False,
 ) -> int:
-    """Say what is wrong with a model's normalization. Exit status 0: healthy, 1: findings.
+    """Say what is wrong with a model's normalization.
+
+    Exit status 0: no findings, 1: findings, 3: none, but no data with --require-data.
 
     Parameters
     ----------
@@ -35,7 +48,7 @@ def doctor(
         alone are examined.
     data
         A data source as for train; by default the run's own. Without data only structure and
-        buffers are looked at.
+        tensors are looked at: a model without findings is then "not examined with data".
     format
         How to print the diagnosis; by default as --out's suffix says (.json, .sarif or .html),
         else text.
@@ -43,6 +56,8 @@ def doctor(
         The least severity that makes the exit status 1.
     baseline
         An earlier diagnosis as JSON: what it holds already does not fail.
+    require_data
+        Exit with status 3 if there are no findings and nothing was examined with data.
     fix
         Apply the remedies that can be applied, and write the mended model to --out; the
         diagnosis, and the exit status, are then those of the mended model.
@@ -79,11 +94,11 @@ def doctor(
     kind = "json" if json else format or ("text" if fix else report.format_of(out))
     applied, tried = None, 0
     with foreign(f"{target} could not be examined"):
-        diagnosis = truenorm.examine(opened.model, opened.batches)
+        diagnosis = truenorm.examine(opened.model, opened.batches, held_out=opened.held_out)
         if fix:
             tried = sum(finding.fix is not None for finding in diagnosis.findings)
             applied = diagnosis.fix()
-            diagnosis = truenorm.examine(opened.model, opened.batches)
+            diagnosis = truenorm.examine(opened.model, opened.batches, held_out=opened.held_out)
     if fix and out is not None:
         opened.save(out)
         report.mended(applied or (), out, tried=tried)
@@ -91,7 +106,9 @@ def doctor(
     report.deliver(diagnosis, kind, place, name=opened.name, file=opened.file, applied=applied)
     if baseline is not None:
         report.forgiven(diagnosis, known, baseline)
-    return FOUND if diagnosis.worse_than(fail_on, known) else DONE
+    if diagnosis.worse_than(fail_on, known):
+        return FOUND
+    return UNEXAMINED if require_data and not diagnosis.with_data else DONE
 
 
 def recalibrate(

@@ -15,7 +15,7 @@ from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.training.config import TrainConfig, config_help
 
-DONE, FOUND, MENDABLE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+DONE, FOUND, MENDABLE, UNEXAMINED, INTERRUPTED, UNREAD = 0, 1, 2, 3, 130, 141
 OUTCOMES = {"interrupted": INTERRUPTED, "nan": MENDABLE}  # of a training
 
 OUT = Parameter(name=["--out", "-o"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from truenorm.errors import InputError
 
-_ROW = re.compile(r"^\| \[(TN\d+)\]\(\1\.md\) \| (.+?) \| (.+?) \| (.+?) \|$", re.M)
+_ROW = re.compile(r"^\| \[(TN\d+)\]\(\1\.md\) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", re.M)
 
 
 class Code(NamedTuple):
@@ -19,12 +19,14 @@ class Code(NamedTuple):
     Attributes:
         code: its stable name.
         title: the fault in a few words.
+        passed: what is well where it is not found.
         needs: what must be given to look for it.
         severities: of its findings, the worst first.
     """
 
     code: str
     title: str
+    passed: str
     needs: str
     severities: tuple[str, ...]
 
@@ -33,7 +35,10 @@ class Code(NamedTuple):
 def codes() -> tuple[Code, ...]:
     """All codes, in order."""
     rows = _ROW.findall(_read("README"))
-    return tuple(Code(code, title, needs, tuple(s.split(", "))) for code, title, needs, s in rows)
+    return tuple(
+        Code(code, title, passed, needs, tuple(severities.split(", ")))
+        for code, title, passed, needs, severities in rows
+    )
 
 
 def page(code: str) -> str:

@@ -16,8 +16,8 @@ from truenorm.calling.call import Arguments, Loss
 from truenorm.cores import share_cores
 from truenorm.doctor.check import SEVERITIES, Check, Found, NotApplicable, Severity
 from truenorm.doctor.checks.catalogue import CHECKS
-from truenorm.doctor.facts import Facts, gather, observe
-from truenorm.doctor.finding import Finding, Skipped
+from truenorm.doctor.facts import Distances, Facts, gather, observe
+from truenorm.doctor.finding import NO_DATA, Finding, Skipped, Verdict
 from truenorm.doctor.ledger.book import Book
 from truenorm.errors import InputError, choose
 
@@ -34,18 +34,30 @@ class Diagnosis:
         passed: codes of the checks that found nothing.
         skipped: checks that could not be made, with the reason.
         layers: number of normalization layers looked at.
+        with_data: whether the model was seen at work on data; else structure and tensors alone.
+        distances: how far each layer's running statistics are off, where that was measured, or
+            estimated from weights.
     """
 
     findings: tuple[Finding, ...]
     passed: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     layers: int
+    with_data: bool = False
+    distances: Distances | None = field(default=None, compare=False)
     _again: Callable[[Collection[str]], Diagnosis] | None = field(default=None, compare=False)
 
     @property
     def healthy(self) -> bool:
-        """No error and no warning; notes may stand."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """Examined with data, and no error and no warning; notes may stand."""
+        return self.verdict == "healthy"
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether there are errors or warnings; without data their absence does not say health."""
+        if any(finding.severity != "note" for finding in self.findings):
+            return "not healthy"
+        return "healthy" if self.with_data else "not examined with data"
 
     def of(self, code: str) -> tuple[Finding, ...]:
         """The findings of one code."""
@@ -92,6 +104,8 @@ class Diagnosis:
         """Plain values; numbers that are not finite become text."""
         return {
             "healthy": self.healthy,
+            "verdict": self.verdict,
+            "with_data": self.with_data,
             "layers": self.layers,
             "findings": [finding.to_dict() for finding in self.findings],
             "passed": list(self.passed),
@@ -130,7 +144,7 @@ class Diagnosis:
     def __repr__(self) -> str:
         from truenorm.doctor import rendering
 
-        return f"<Diagnosis: {rendering.verdict(self)}>"
+        return f"<Diagnosis: {rendering.summary(self)}>"
 
     def __rich__(self) -> RenderableType:
         from truenorm.doctor import rendering
@@ -151,6 +165,7 @@ def examine(
     loss: Loss | None = None,
     device: torch.device | str | None = None,
     arguments: Arguments | None = None,
+    held_out: Iterable[Any] | None = None,
 ) -> Diagnosis:
     """Look for every known fault of ``model``'s normalization; leave it exactly as it was.
 
@@ -158,17 +173,23 @@ def examine(
         model: any module. Every bit of its parameters, buffers, modes, hooks, gradients and of the
             random number generators is what it was afterwards, also when this fails.
         data: batches as it is trained on: tensors, tuples (inputs and target) or dicts. Without
-            them only structure, buffers and parameter groups are looked at.
+            them only structure, buffers and parameter groups are looked at, and a model without
+            findings is "not examined with data", not healthy.
         optimizer: for its parameter groups.
         loss: of the output and the target; by default what :mod:`truenorm.calling.call` finds.
         device: where batches go; by default where the model is.
         arguments: makes the model's arguments of a batch.
+        held_out: other batches with targets, on which recalibration is tried before it is
+            advised; by default every tenth of ``data``, as :func:`truenorm.recalibrate` does.
 
     Raises:
         InputError: data without a batch, a batch the model cannot be called on, or a model on the
             meta device, whose tensors have no values.
     """
-    given = {"optimizer": optimizer, "loss": loss, "device": device, "arguments": arguments}
+    given = {
+        "optimizer": optimizer, "loss": loss, "device": device, "arguments": arguments,
+        "held_out": None if held_out is None else list(held_out),
+    }  # fmt: skip
     with share_cores():
         return _examine(model, data, CHECKS, given)
 
@@ -191,7 +212,8 @@ def _examine(
     def again(codes: Collection[str]) -> Diagnosis:
         return _examine(model, batches, [c for c in CHECKS if c.code in codes], given)
 
-    return replace(_diagnosis(results, len(facts.norms)), _again=again if mendable else None)
+    diagnosis = _diagnosis(results, facts, with_data=data is not None)
+    return replace(diagnosis, _again=again if mendable else None)
 
 
 def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
@@ -212,7 +234,7 @@ def examined(book: Book, optimizer: torch.optim.Optimizer | None) -> Diagnosis:
         given = dict.fromkeys(("optimizer", "loss", "device", "arguments"))
         return _examine(model, None, [c for c in CHECKS if c.code in codes], given)
 
-    return replace(_diagnosis(results, len(facts.norms)), _again=again)
+    return replace(_diagnosis(results, facts, with_data=True), _again=again)
 
 
 def _refuse_without_values(model: nn.Module) -> None:
@@ -237,7 +259,7 @@ def seen_in_model(check: Check, facts: Facts, modes: dict[nn.Module, bool]) -> R
     if check.look is None:
         return Result(check, [], "needs truenorm.watch around training")
     if check.looks_at == "data" and not facts.batches:
-        return Result(check, [], "needs data")
+        return Result(check, [], NO_DATA)
     if check.looks_at == "optimizer" and facts.optimizer is None:
         return Result(check, [], "needs the optimizer")
     _set_modes(modes)
@@ -290,7 +312,7 @@ def _both(watched: Result, looked: Result) -> Result:
 # -- all of them ----------------------------------------------------------------------------------
 
 
-def _diagnosis(results: list[Result], layers: int) -> Diagnosis:
+def _diagnosis(results: list[Result], facts: Facts, *, with_data: bool) -> Diagnosis:
     findings = [
         Finding(
             check.code, check.title, found.severity, found.layer, found.evidence, found.cause,
@@ -304,7 +326,9 @@ def _diagnosis(results: list[Result], layers: int) -> Diagnosis:
         tuple(findings),
         tuple(check.code for check, found, why in results if not found and why is None),
         tuple(Skipped(c.code, c.title, why) for c, _, why in results if why is not None),
-        layers,
+        len(facts.norms),
+        with_data,
+        facts.distances,
     )
 
 
@@ -320,7 +344,8 @@ def assert_healthy(
 
     Args:
         model: as for :func:`examine`.
-        data: as for :func:`examine`.
+        data: as for :func:`examine`. Without them nothing is asserted but structure and tensors;
+            the ``verdict`` of what is returned says so.
         fail_on: "error", "warning" or "note".
         ignore: codes that may stand.
         given: further arguments of :func:`examine`.

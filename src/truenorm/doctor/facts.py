@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,51 @@ class Evaluation:
         return self.right / self.judged if self.judged else None
 
 
+class Trial(NamedTuple):
+    """What became of the loss on held-out batches when a remedy was tried."""
+
+    before: float
+    after: float
+    worse: bool
+
+    @property
+    def change(self) -> str:
+        """Both losses."""
+        return f"{self.before:.4g} -> {self.after:.4g}"
+
+
+class Distance(NamedTuple):
+    """How far a layer's running statistics are off.
+
+    Attributes:
+        layer: its dotted name.
+        ratio: running variance over what it is compared with, of the median channel.
+        shift: of the means, in standard deviations, of a usual channel.
+    """
+
+    layer: str
+    ratio: float
+    shift: float
+
+
+class Distances(NamedTuple):
+    """The layers in the order of the forward, and from where on a layer is told of.
+
+    Attributes:
+        of: what they are compared with, in a few words.
+        code: of the check that tells.
+        layers: as above.
+        ratio: a variance that is more than so many times too large or small is told.
+        shift: likewise of means.
+    """
+
+    of: str
+    code: str
+    layers: tuple[Distance, ...]
+    ratio: float
+    shift: float
+
+
 @dataclass
 class Facts:
     """All that a diagnosis is made from.
@@ -183,10 +228,13 @@ class Facts:
         call: how to call the model on one.
         loss: as given.
         arguments: as given.
+        held_out: batches to try remedies on, as given.
         flow: the operations of one forward, if there are data.
         evaluated: what the batches come to in evaluation, with the running statistics.
         last: examples in the last batch of the data, also where it was not looked at; None if
             that is not known.
+        tried: what remedies came to, by their names; filled when a check first asks.
+        distances: of the layers that a check has compared with data, or with their weights.
     """
 
     model: nn.Module
@@ -196,9 +244,12 @@ class Facts:
     call: calling.Call | None = None
     loss: calling.Loss | None = None
     arguments: calling.Arguments | None = None
+    held_out: list[Any] | None = None
     flow: Flow | None = None
     evaluated: Evaluation = field(default_factory=Evaluation)
     last: int | None = None
+    tried: dict[str, Trial | None] = field(default_factory=dict)
+    distances: Distances | None = None
 
     @property
     def batch_norms(self) -> list[NormFacts]:
@@ -279,6 +330,7 @@ def gather(
     loss: calling.Loss | None,
     device: torch.device | str | None,
     arguments: calling.Arguments | None,
+    held_out: list[Any] | None = None,
 ) -> Facts:
     """Collect the facts; the caller has borrowed the model and gives it back.
 
@@ -299,6 +351,7 @@ def gather(
         raise InputError("data has no batch; give an iterable of at least one.")
     facts.call = calling.Call(facts.inner, device=device, arguments=arguments)
     facts.loss, facts.arguments = loss, arguments
+    facts.held_out = held_out
     return facts
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from truenorm.doctor import codes
 from truenorm.doctor.check import Severity
+from truenorm.doctor.facts import Distances
+
+Verdict = Literal["healthy", "not healthy", "not examined with data"]
+NO_DATA = "needs data"  # why a check was skipped
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class Examination(Protocol):
         """Number of normalization layers looked at."""
 
     @property
-    def healthy(self) -> bool:
-        """No error and no warning."""
+    def distances(self) -> Distances | None:
+        """How far each layer's running statistics are off, where that is known."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it is healthy, as far as was looked."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -19,11 +19,13 @@ from rich.text import Text
 
 from truenorm.doctor.check import SEVERITIES, Severity
 from truenorm.doctor.codes import Code, codes, page
-from truenorm.doctor.finding import Examination, Finding
+from truenorm.doctor.finding import NO_DATA, Examination, Finding, Verdict
 from truenorm.templates import render
 
 NAMED = 3  # layers and values that are named where many stand in one row
+UNSEEN: Verdict = "not examined with data"
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+_VERDICTS: dict[Verdict, str] = {"healthy": "green", "not healthy": "red", UNSEEN: "yellow"}
 _WITH_DIGIT = re.compile(r"[\w.]*\d[\w.]*")  # numbers, and names such as layer1.0.conv2
 _LINK = re.compile(r"\[([^]]+)\]\([^)]+\.md\)")
 
@@ -105,9 +107,12 @@ def counted(findings: Iterable[Finding]) -> str:
     return ", ".join(counts) or "no findings"
 
 
-def verdict(diagnosis: Examination) -> str:
-    """One line: healthy or not, and how much was looked at."""
-    state = "healthy" if diagnosis.healthy else "not healthy"
+def summary(diagnosis: Examination) -> str:
+    """One line: the verdict, and how much was looked at."""
+    state: str = diagnosis.verdict
+    if state == UNSEEN:
+        blind = [skipped.code for skipped in diagnosis.skipped if skipped.why == NO_DATA]
+        state += f" ({', '.join(blind)} could not look)" if blind else ""
     passed, skipped = len(diagnosis.passed), len(diagnosis.skipped)
     return (
         f"{state}: {counted(diagnosis.findings)}; "
@@ -135,8 +140,8 @@ def as_table(diagnosis: Examination) -> RenderableType:
         parts += [_notes(notes), ""]
     if diagnosis.skipped:
         parts += [_skipped(diagnosis), ""]
-    colour = "green" if diagnosis.healthy else "red"
-    return Group(*parts, Text(verdict(diagnosis), style=f"bold {colour}"))
+    style = f"bold {_VERDICTS[diagnosis.verdict]}"
+    return Group(*parts, Text(summary(diagnosis), style=style))
 
 
 def _findings(groups: list[Alike]) -> Table:
@@ -208,11 +213,19 @@ def as_sarif(diagnosis: Examination, target: str) -> str:
         "tool": {
             "driver": {"name": "truenorm", "version": metadata.version("truenorm"), "rules": rules},
         },
+        "invocations": [_invocation(diagnosis)],
         "results": results,
         "properties": {k: v for k, v in diagnosis.to_dict().items() if k != "findings"},
     }
     schema = "https://json.schemastore.org/sarif-2.1.0.json"
     return json.dumps({"$schema": schema, "version": "2.1.0", "runs": [run]}, indent=1)
+
+
+def _invocation(diagnosis: Examination) -> dict[str, Any]:
+    """That the examination ran, and what it did not look at."""
+    notes = [{"level": "warning", "message": {"text": summary(diagnosis)}}]
+    unseen = diagnosis.verdict == UNSEEN
+    return {"executionSuccessful": True, "toolExecutionNotifications": notes if unseen else []}
 
 
 def _rule(code: Code) -> dict[str, Any]:
@@ -277,5 +290,16 @@ def as_html(diagnosis: Examination, target: str, *, whole: bool = True) -> str:
         groups=groups,
         number=number,
         counts=[(s, numbers[s]) for s in SEVERITIES],
-        titles={code.code: code.title for code in codes()},
+        picture=_picture(diagnosis),
+        passed={code.code: code.passed for code in codes()},
     )
+
+
+def _picture(diagnosis: Examination) -> str:
+    """How far each layer is off, as SVG; nothing where that is not known."""
+    distances = diagnosis.distances
+    if distances is None or not distances.layers:
+        return ""
+    from truenorm.doctor.plots import off  # here: matplotlib is for pages alone
+
+    return off(distances, {f.layer or "" for f in diagnosis.findings if f.code == distances.code})

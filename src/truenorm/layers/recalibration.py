@@ -219,22 +219,22 @@ def recalibrate(
         if not total:
             raise InputError("recalibrate needs at least one batch, and data has none.")
         watched = any(ranks.counts(holdout is not None))
-        before = _measured(call, holdout, loss, ranks) if watched else None
+        before = measured(call, holdout, loss, ranks) if watched else None
         if held_out is not None and before is not None and before.loss is None:
             raise InputError(
                 "no loss can be measured on held_out; give batches with targets, or loss=."
             )
         old = {layer: running_statistics(layer) for layer in norms}
         settled = converge(call, norms, batches, ranks, total=total, exact=exact)
-        after = _measured(call, holdout, loss, ranks) if watched else None
-        kept = keep_worse or not _worse(before, after)
+        after = measured(call, holdout, loss, ranks) if watched else None
+        kept = keep_worse or not worse(before, after)
         pooled, reason, passes = None, _reason(before, after, kept=kept), settled.passes
         if kept and whole > total:
             nine_tenths = {layer: running_statistics(layer) for layer in norms}
             joint = converge(call, norms, every, ranks, total=whole, exact=exact)
             passes += joint.passes
-            pooled = _measured(call, holdout, loss, ranks)
-            if keep_worse or not _worse(before, pooled):
+            pooled = measured(call, holdout, loss, ranks)
+            if keep_worse or not worse(before, pooled):
                 settled, batches, total = joint, every, whole
             else:
                 _restore(nine_tenths)
@@ -264,7 +264,7 @@ def _restore(statistics: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> None:
         layer.running_var.data.copy_(var)
 
 
-def _worse(before: Measured | None, after: Measured | None) -> bool:
+def worse(before: Measured | None, after: Measured | None) -> bool:
     """Whether the loss rose, beyond rounding. Nothing is worse than NaN."""
     if before is None or after is None or before.loss is None or math.isnan(before.loss):
         return False
@@ -277,7 +277,7 @@ def _reason(before: Measured | None, after: Measured | None, *, kept: bool) -> s
             "the held-out loss would be higher than before, so the old statistics stay; "
             "keep_worse=True takes the new ones even so"
         )
-    if _worse(before, after):
+    if worse(before, after):
         return "the held-out loss is higher than before; kept as keep_worse=True asks"
     if before is None:
         return "nothing was held out: whether the model is better was not measured"
@@ -386,11 +386,11 @@ def _divided(
     count = len(batches)
     if count < 2 or call.prepare(next(iter(batches))).target is None:
         return batches, batches, None
-    return batches, *batches.without(_tenth(count))
+    return batches, *batches.without(held_out_of(count))
 
 
-def _tenth(count: int) -> range:
-    """Every tenth of ``count`` batches, at least one: a loader's end may be of another kind.
+def held_out_of(count: int) -> range:
+    """Numbers of every tenth of ``count`` batches, at least one: a loader's end may differ.
 
     The last batch, which may be small, is left to the statistics where there are others.
     """
@@ -400,8 +400,8 @@ def _tenth(count: int) -> range:
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(
-    call: Call, holdout: _Batches | None, loss: Loss | None, ranks: Collective
+def measured(
+    call: Call, holdout: Iterable[Any] | None, loss: Loss | None, ranks: Collective
 ) -> Measured:
     """Loss and accuracy over all examples held out on all ranks."""
 

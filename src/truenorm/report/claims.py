@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
+from truenorm.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.files import to_json
 from truenorm.report import pages
-from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.report.pages import page
 from truenorm.report.study import command_of
 from truenorm.report.study import following as following_runs

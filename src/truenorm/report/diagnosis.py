@@ -11,7 +11,7 @@ from rich.console import Console
 
 from truenorm.doctor.diagnosis import Diagnosis
 from truenorm.doctor.finding import Finding
-from truenorm.doctor.rendering import grouped, verdict
+from truenorm.doctor.rendering import grouped, summary
 from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
 from truenorm.layers.recalibration import Recalibration
@@ -61,7 +61,7 @@ def deliver(
         print(text)
     else:
         write_atomically(out, lambda path: path.write_text(text + "\n", "utf-8"))
-        print(f"{verdict(diagnosis)}; written to {out}", file=sys.stderr)
+        print(f"{summary(diagnosis)}; written to {out}", file=sys.stderr)
 
 
 def forgiven(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from truenorm.report.canvas import MAIN, MARK, QUIET, drawing, svg, tell
+from truenorm.canvas import MAIN, MARK, QUIET, drawing, svg, tell
 from truenorm.training.history import History
 from truenorm.training.judgement import Histogram, NormView
 

@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from truenorm.report.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
+from truenorm.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
 from truenorm.studies.study import Study
 from truenorm.studies.variants import Variant
 

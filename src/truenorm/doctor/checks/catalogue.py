@@ -9,6 +9,7 @@ from truenorm.doctor.checks import (
     deployment,
     gap,
     modes,
+    proportion,
     statistics,
     structure,
 )
@@ -21,6 +22,7 @@ CHECKS: tuple[Check, ...] = (
     statistics.TN105,
     statistics.TN106,
     statistics.TN107,
+    proportion.TN108,
     modes.TN201,
     modes.TN202,
     modes.TN203,

@@ -5,9 +5,9 @@ The data are cut in halves, and each half is judged with the statistics of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 from truenorm.doctor.check import (
@@ -21,17 +21,20 @@ from truenorm.doctor.check import (
 from truenorm.doctor.checks.batches import calls_differ
 from truenorm.doctor.checks.halves import Study, fed, halved, norms_of, study_of
 from truenorm.doctor.checks.harm import Harm, harm_of, in_order_of, measured_of
-from truenorm.doctor.checks.misfit import Misfit
+from truenorm.doctor.checks.misfit import TOLD, Misfit
 from truenorm.doctor.checks.records import pooled_moments
 from truenorm.doctor.checks.remedies import Remedy
 from truenorm.doctor.checks.shares import MOST_NAMED, Shares, shared_out
-from truenorm.doctor.facts import Evaluation, Facts, NormFacts
+from truenorm.doctor.checks.trial import tried, unhelpful
+from truenorm.doctor.facts import Distance, Distances, Evaluation, Facts, NormFacts
 from truenorm.doctor.ledger.book import Book
 from truenorm.layers import recalibration
 from truenorm.layers.functional import Moments
 
 # What the cause tells of: the variance from half as much again, else the mean, or one channel.
 NAMED_RATIO, NAMED_SHIFT = 1.5, 0.5
+# Of the average, that the constructor's values still have: 44 batches with a momentum of 0.1.
+BEGUN_SHARE = 0.01
 LEAST_SHARE = 0.005  # what is told as 0 %, or is below, is no share
 
 
@@ -43,22 +46,29 @@ def train_eval_gap(facts: Facts) -> Iterator[Found]:
     study = study_of(facts, norms, cut)
     running = study.judged(()) if len(facts.batches) < 2 else in_order_of(study, facts.evaluated)
     exact = study.judged(norms)
-    misfits, remedy, lead = _misfits(study), _remedy(facts, running, exact), None
+    facts.distances = _distances(study)
+    misfits, lead = _misfits(study), None
     try:
         harm = harm_of(study, running, exact)
     except NotApplicable:  # a misfit is one without a measure of harm, too
         if not misfits:
             raise
         harm = None
+    if harm is None and not misfits:
+        return
+    gap = harm is not None and harm.by_loss
+    remedy = _remedy(facts, running, exact, gap=gap)
     if harm is not None:
         shares = shared_out(study, running, exact, by_loss=harm.by_loss)
         lead = shares.lead()[0]
         found = _of_harm(study, harm, shares, misfits.get(lead))
         left = {"layers left out for too few values": few} if few else {}
-        yield replace(found, evidence=found.evidence | left, fix=remedy.fix, advice=remedy.advice)
+        found = replace(found, evidence=found.evidence | left, fix=remedy.fix, advice=remedy.advice)
+        yield found if gap else _lagging(facts, lead, found)
     for norm, misfit in misfits.items():
         if norm is not lead:
-            yield _of_misfit(study, norm, misfit, measured_of(running, exact), remedy)
+            found = _of_misfit(study, norm, misfit, measured_of(running, exact), remedy)
+            yield found if gap else _lagging(facts, norm, found)
 
 
 def _misfits(study: Study) -> dict[NormFacts, Misfit]:
@@ -78,17 +88,55 @@ def _misfits(study: Study) -> dict[NormFacts, Misfit]:
     return found
 
 
-def _remedy(facts: Facts, running: Evaluation, exact: Evaluation) -> Remedy:
-    """Recalibration, or what it has to be told where it would put the old statistics back."""
-    now, best = running.loss, exact.loss
+def _distances(study: Study) -> Distances:
+    """Of all layers, against exact statistics."""
+    layers = (
+        Distance(norm.name, 1 / study.variance_ratio(norm), study.usual_shift(norm))
+        for norm in study.norms
+    )
+    # A misfit of TOLD, in every channel and of one kind alone.
+    alone = math.sqrt(TOLD)
+    return Distances("the data", "TN103", tuple(layers), math.exp(alone), alone)
+
+
+def _remedy(facts: Facts, running: Evaluation, exact: Evaluation, *, gap: bool) -> Remedy:
+    """Recalibration, if it is no worse by its own measure; else what was tried."""
+    trial, now, best = tried(facts), running.loss, exact.loss
+    if trial is not None:
+        if trial.worse and gap:
+            return Remedy(
+                None,
+                "Tried: on the batches that truenorm.recalibrate(model, data) holds out the loss "
+                f"gets worse ({trial.change}), so it puts the old statistics back, though on all "
+                f"of these data it falls ({now:.4g} -> {best:.4g}). Give it more data, or "
+                "held_out=; keep_worse=True takes the exact ones.",
+            )
+        if trial.worse:
+            return Remedy(None, unhelpful(facts))
+        told = f"{TN103.advice} Tried: the held-out loss goes {trial.change}."
+        return Remedy(lambda: _recalibrate(facts), told)
     if now is not None and best is not None and best > now:
         return Remedy(
             None,
-            f"On these data the loss is {now:.4g}, and {best:.4g} with exact statistics: "
-            "truenorm.recalibrate(model, data) may put the old ones back, for it keeps no worse; "
-            "with keep_worse=True it takes the exact ones.",
+            f"On half of the batch the loss is {now:.4g}, and {best:.4g} with exact statistics of "
+            "the other half: give more batches to see whether truenorm.recalibrate(model, data) "
+            "helps, or train on.",
         )
     return Remedy(lambda: _recalibrate(facts))
+
+
+def _lagging(facts: Facts, norm: NormFacts, found: Found) -> Found:
+    """``found``, a note where training has only begun and recalibrating would not help."""
+    trial = tried(facts)
+    batches = norm.tracked[2] if norm.tracked is not None else 0
+    share = (1 - (norm.momentum or 0.0)) ** max(batches, 0)
+    if trial is None or not trial.worse or not BEGUN_SHARE < share < 1:
+        return found
+    cause = (
+        f"{found.cause}. They lag behind, for training has only begun ({batches} batches); tried: "
+        f"recalibrating makes the held-out loss worse ({trial.change}), so train on"
+    )
+    return replace(found, severity="note", cause=cause)
 
 
 def _of_harm(study: Study, harm: Harm, shares: Shares, misfit: Misfit | None) -> Found:
@@ -165,11 +213,14 @@ TN103 = Check(
 
 
 def _recalibrate(facts: Facts) -> None:
-    """On all of the data: without targets nothing is held out."""
     assert facts.call is not None
-    bare = [SimpleNamespace(call=facts.call.prepare(batch)) for batch in facts.batches]
     recalibration.recalibrate(
-        facts.model, bare, arguments=lambda batch: (batch.call.args, batch.call.kwargs)
+        facts.model,
+        facts.batches,
+        held_out=facts.held_out,
+        loss=facts.loss,
+        device=facts.call.device,
+        arguments=facts.arguments,
     )
 
 

@@ -86,15 +86,20 @@ class Study:
 
     def shift(self, norm: NormFacts) -> float:
         """The worst channel's distance of means, in exact standard deviations."""
-        std = (torch.stack(self._of(norm, 1)).mean(0) + norm.eps).sqrt()
-        mean = torch.stack(self._of(norm, 0)).mean(0)
-        return float(((mean - self.running[norm][0].double()).abs() / std).max())
+        return float(self._shifts(norm).max())
+
+    def usual_shift(self, norm: NormFacts) -> float:
+        """The distance of means, in exact standard deviations; root mean square of the channels."""
+        return float(self._shifts(norm).square().mean().sqrt())
 
     def suspicion(self, norm: NormFacts) -> float:
         """How far its statistics are off, over all channels: shifts and logarithms of ratios."""
-        mean, var = (torch.stack(self._of(norm, i)).mean(0) for i in (0, 1))
-        shift = (mean - self.running[norm][0].double()) / (var + norm.eps).sqrt()
+        shift = self._shifts(norm)
         return float((shift.square() + self._ratios(norm).log().square()).mean())
+
+    def _shifts(self, norm: NormFacts) -> Tensor:
+        mean, var = (torch.stack(self._of(norm, i)).mean(0) for i in (0, 1))
+        return (mean - self.running[norm][0].double()).abs() / (var + norm.eps).sqrt()
 
     def misfit(self, norm: NormFacts) -> Misfit:
         """How far its statistics are off, beyond chance."""
@@ -183,7 +188,7 @@ def study_of(
     fits = []
     for half in cut:
         try:
-            _settle(facts, norms, [batch for _, batch in half])
+            settle(facts, norms, [batch for _, batch in half])
             fits.append({norm: _statistics(norm) for norm in norms})
         finally:
             for norm in norms:
@@ -191,7 +196,7 @@ def study_of(
     return Study(facts, norms, (Half(cut[0], fits[1]), Half(cut[1], fits[0])), running)
 
 
-def _settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
+def settle(facts: Facts, norms: list[NormFacts], batches: list[Any]) -> None:
     """Exact statistics of all layers: in one pass where the batches can be joined to one."""
     assert facts.call is not None
     layers: Any = [norm.module for norm in norms]

@@ -66,7 +66,14 @@ def style_of(number: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def drawing(
-    name: str, panels: int, *, columns: int = 1, sharex: bool = False, height: float = 2.8
+    name: str,
+    panels: int,
+    *,
+    columns: int = 1,
+    sharex: bool = False,
+    sharey: bool = False,
+    width: float = 4.6,
+    height: float = 2.8,
 ) -> Iterator[Figure]:
     """A figure with ``panels`` axes, drawn in the page's style inside the body.
 
@@ -74,13 +81,17 @@ def drawing(
     """
     # Marks and clips are named by a hash; a salt of its own keeps two drawings apart.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         figure.set_label(name)
         FigureCanvasSVG(figure)
         columns = min(columns, panels)
         for i in range(panels):
-            shared = figure.axes[0] if sharex and i else None
-            figure.add_subplot(-(-panels // columns), columns, i + 1, sharex=shared)
+            first = figure.axes[0] if i else None
+            figure.add_subplot(
+                *(-(-panels // columns), columns, i + 1),
+                sharex=first if sharex else None,
+                sharey=first if sharey else None,
+            )
         yield figure
 
 
