@@ -47,8 +47,8 @@ def pages(folder: Path) -> list[Path]:
         [*train, str(folder / "rows"), "--data", "iris"],
         [*train, str(folder / "images"), "--data", "digits", "--model", "convnet"],
         [*plan, "--epochs", "2", "--store", str(folder / "s.sqlite"), "-o", f"{folder}/study.html"],
-        ["claims", "--quick", "--quiet", "regularizes", "--data", "digits", "--seeds", "3", "--store",
-         str(folder / "c.sqlite"), "-o", f"{folder}/claims.html"],
+        ["claims", "--quick", "--quiet", "regularizes", "--data", "digits", "--seeds", "3",
+         "--store", str(folder / "c.sqlite"), "-o", f"{folder}/claims.html"],
         ["doctor", str(folder / "images"), "-o", f"{folder}/doctor.html"],
     ]  # fmt: skip
     for command in commands:

@@ -292,7 +292,8 @@ def _output_names(program: torch.export.ExportedProgram, one: str) -> list[str]:
     tensors = [path for path, i in places if isinstance(returned[i].arg, TensorArgument)]
     names = []
     for path in tensors:
-        keys = [str(dataclasses.astuple(key)[0]) for key in path]
+        entries: list[Any] = list(path)  # of an index, a key or a name each
+        keys = [str(dataclasses.astuple(entry)[0]) for entry in entries]
         if len(tensors) == 1 and all(key.isdecimal() for key in keys):
             keys = []  # a tuple of one
         name = re.sub(r"\W+", "_", "_".join(keys))
