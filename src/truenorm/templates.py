@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -21,3 +22,8 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[object]], lines: Iterable[str] = ()) -> str:
+    """What a notebook shows of a result: ``lines`` of text, and below them a table."""
+    return render("table.html", names=names, rows=list(rows), lines=list(lines))

@@ -287,8 +287,8 @@ def _output_names(program: torch.export.ExportedProgram, one: str) -> list[str]:
     returned = program.graph_signature.output_specs
     spec = program.call_spec.out_spec
     assert spec is not None
-    places: list[tuple[Any, Any]]
-    places, _ = tree_flatten_with_path(tree_unflatten(range(len(returned)), spec))
+    # The paths' keys are of several kinds, each with one field.
+    places: Any = tree_flatten_with_path(tree_unflatten(range(len(returned)), spec))[0]
     tensors = [path for path, i in places if isinstance(returned[i].arg, TensorArgument)]
     names = []
     for path in tensors:

@@ -105,6 +105,20 @@ class Folded:
             "changed": list(self.changed),
         }
 
+    def _repr_html_(self) -> str:
+        from truenorm.templates import table
+
+        pairs = [(p.norm or "(model)", p.form, p.into or "(model)", p.error) for p in self.pairs]
+        rows = [(*row, f"{error:.1e}") for *row, error in pairs]
+        rows += [(left.norm or "(model)", f"left: {left.reason}", "", "") for left in self.left]
+        lines = [
+            f"{len(self.pairs)} folded, {len(self.left)} left; largest error from end to end "
+            f"{self.error:.1e} of the largest output",
+            *(f"changed: the method {name} is another function" for name in self.changed),
+            *(f"not proved: {told}" for told in self.unproved),
+        ]
+        return table(("norm", "form", "into", "error"), rows, lines)
+
 
 def fold(
     model: nn.Module,

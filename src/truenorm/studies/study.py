@@ -174,6 +174,24 @@ class Study:
     def __str__(self) -> str:
         return "\n".join([*self.sentences(), self.tally()])
 
+    def _repr_html_(self) -> str:
+        from truenorm.templates import table
+
+        share = self.metric.endswith("accuracy")
+
+        def figure(value: float | None) -> str:
+            return "-" if value is None else f"{value:.2%}" if share else f"{value:.4f}"
+
+        names = ("variant", "n", self.metric.replace("_", " "), "95 % interval", "lr", "seconds")
+        rows = [
+            (
+                *(s.variant, s.n, figure(s.mean), f"{figure(s.low)} to {figure(s.high)}"),
+                *(f"{s.lr:g}", "-" if s.seconds is None else f"{s.seconds:.2f}"),
+            )
+            for s in self.summaries()
+        ]
+        return table(names, rows, [*self.sentences(), self.tally()])
+
 
 # The figures ---------------------------------------------------------------------------------
 

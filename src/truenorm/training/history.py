@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,21 @@ class History:
     def best(self) -> Epoch | None:
         """The best epoch's record."""
         return self.epochs[self.best_epoch - 1] if self.best_epoch else None
+
+    def _repr_html_(self) -> str:
+        from truenorm.templates import table
+
+        names = ("epoch", "train loss", "val loss", "val accuracy", "lr", "seconds", "")
+        rows = [
+            (
+                *(e.epoch, f"{e.train_loss:.4f}", f"{e.valid_loss:.4f}"),
+                "-" if math.isnan(e.valid_accuracy) else f"{e.valid_accuracy:.2%}",
+                *(f"{e.lr:.3g}", f"{e.seconds:.1f}", "best" if e.epoch == self.best_epoch else ""),
+            )
+            for e in self.epochs
+        ]
+        line = f"stopped: {self.stopped}; the model is that of epoch {self.best_epoch}"
+        return table(names, rows, [line, *([] if self.fault is None else [self.fault])])
 
 
 @dataclass(frozen=True)
