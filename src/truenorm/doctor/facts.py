@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,14 +202,14 @@ class Distances(NamedTuple):
     """The layers in the order of the forward, and from where on a layer is told of.
 
     Attributes:
-        of: what they are compared with, in a few words.
+        expected: what kind of statistics they are compared with, in a word.
         code: of the check that tells.
         layers: as above.
         ratio: a variance that is more than so many times too large or small is told.
         shift: likewise of means.
     """
 
-    of: str
+    expected: Literal["exact", "likely"]
     code: str
     layers: tuple[Distance, ...]
     ratio: float

@@ -300,6 +300,7 @@ def _picture(diagnosis: Examination) -> str:
     distances = diagnosis.distances
     if distances is None or not distances.layers:
         return ""
-    from truenorm.doctor.plots import off  # here: matplotlib is for pages alone
+    from truenorm.doctor.plots import how_far  # here: matplotlib is for pages alone
 
-    return off(distances, {f.layer or "" for f in diagnosis.findings if f.code == distances.code})
+    found = {f.layer or "" for f in diagnosis.findings if f.code == distances.code}
+    return how_far(distances, found)

@@ -46,6 +46,7 @@ def _introduce(console: Console, job: Job) -> None:
     shape = " x ".join(map(str, splits.input_shape))
     smoothing = config.label_smoothing
     smoothed = f", label smoothing {smoothing:g} (in the train loss)" if smoothing else ""
+    weighed = f", class weights {config.class_weight} (in the train and val loss)"
     assert spec is not None
     norm = "its own norms" if spec.norm == "own" else f"norm {spec.norm}"
     for note in splits.notes:
@@ -60,6 +61,7 @@ def _introduce(console: Console, job: Job) -> None:
         f"{spec.name}, {norm}; {job.request.recipe} recipe: {config.optimizer} "
         f"{config.lr:g} {config.schedule}, batch {config.batch_size}, at most {config.epochs} "
         f"epochs, patience {config.patience}, seed {config.seed}{smoothed}"
+        f"{weighed if config.class_weight != 'none' else ''}"
     )
     if job.longer_than is not None:
         console.print(

@@ -16,6 +16,7 @@ Schedule = Literal["constant", "cosine", "onecycle"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Amp = Literal["auto", "off", "bf16"]
 Augment = Literal["none", "light"]
+ClassWeight = Literal["none", "balanced"]
 Recipe = Literal["default", "classic"]
 RECIPES: tuple[str, ...] = get_args(Recipe)
 
@@ -49,6 +50,9 @@ class TrainConfig:
     augment: Augment = option(
         "none", "light: crop and light images a little; in colour, mirror and tint them too."
     )
+    class_weight: ClassWeight = option(
+        "none", "balanced: rare classes weigh more in the loss, so that all count alike."
+    )
     accumulate: int = option(1, "Batches whose gradients are pooled into one step.")
     clip_norm: float | None = option(None, "Clip the gradient to this 2-norm.")
     amp: Amp = option("off", "bf16 autocast; auto: where the hardware multiplies bf16.")
@@ -61,6 +65,7 @@ class TrainConfig:
         choose("schedule", self.schedule, get_args(Schedule))
         choose("amp", self.amp, get_args(Amp))
         choose("augment", self.augment, get_args(Augment))
+        choose("class_weight", self.class_weight, get_args(ClassWeight))
         for name in ("epochs", "batch_size", "patience", "accumulate"):
             self._need(name, "must be an integer of at least 1", _whole(getattr(self, name), 1))
         for name in ("shift", "seed"):
@@ -82,7 +87,7 @@ class TrainConfig:
 
         Digests over configs that older versions stored stay as they were.
         """
-        later = {"augment": "none"}
+        later = {"augment": "none", "class_weight": "none"}
         fields = dataclasses.asdict(self)
         return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -32,6 +33,8 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
         dropout: probability of dropping a hidden unit.
         recipe: "default", or "classic" for the textbook protocol.
         epochs, batch_size, lr, patience, weight_decay: None for the recipe's choice.
+        class_weight: None for equal ones; "balanced", by which each class weighs n / (K n_c); or a
+            dict from label to weight. They multiply what ``fit`` is given as ``sample_weight``.
         valid: share of the training data held out to choose the best epoch. Data too few to
             hold any out are validated on themselves.
         warm_start: whether another fit goes on from the weights of the last.
@@ -61,6 +64,7 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
         lr: float | None = None,
         patience: int | None = None,
         weight_decay: float | None = None,
+        class_weight: dict[Any, float] | str | None = None,
         valid: float = 0.2,
         warm_start: bool = False,
         device: str = "auto",
@@ -77,6 +81,7 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
         self.lr = lr
         self.patience = patience
         self.weight_decay = weight_decay
+        self.class_weight = class_weight
         self.valid = valid
         self.warm_start = warm_start
         self.device = device
@@ -95,6 +100,8 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
             kept = sample_weight > 0  # weight zero is absence, from the held-out share too
             X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
+        if self.class_weight is not None:
+            sample_weight = self._by_class(y, sample_weight)
         if len(X) < 2:
             raise InputError(f"X: needs at least 2 examples, got n_samples = {len(X)}.")
         data = dataset(X, y, weight=sample_weight, name="X")
@@ -138,6 +145,20 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
             widths=tuple(self.hidden),
             dropout=self.dropout,
         )
+
+    def _by_class(self, y: Array, sample_weight: Array | None) -> Array:
+        """Each example's weight times that of its class."""
+        classes, places = np.unique(y, return_inverse=True)
+        weights = compute_class_weight(
+            self.class_weight, classes=classes, y=y, sample_weight=sample_weight
+        )
+        if not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
+            raise InputError(
+                "class_weight must hold finite numbers of at least 0, one of them above it, got "
+                f"{self.class_weight!r}."
+            )
+        of_class: Array = weights[places]
+        return of_class if sample_weight is None else of_class * sample_weight
 
     def _config(self, count: int, seed: int) -> TrainConfig:
         names = ("epochs", "batch_size", "lr", "patience", "weight_decay")

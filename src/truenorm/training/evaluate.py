@@ -21,6 +21,7 @@ from truenorm.calling.nested import tensors_in
 from truenorm.data.batches import in_order
 from truenorm.data.datasets import Dataset, Scaling
 from truenorm.errors import InputError
+from truenorm.training.class_weight import weighted
 
 
 class Scores(NamedTuple):
@@ -220,16 +221,25 @@ def check_classes(logits: Tensor, data: Dataset) -> None:
         )
 
 
-def score(logits: Tensor, data: Dataset) -> Scores:
+def score(logits: Tensor, data: Dataset, class_weights: Tensor | None = None) -> Scores:
     """Scores of ``logits`` (N, K). Every example counts by its weight, whatever its batch.
+
+    With ``class_weights`` (K,) it counts in the loss by its class's weight, too.
 
     Raises:
         InputError: the logits do not have one column per class.
     """
     check_classes(logits, data)
     right = (logits.argmax(1) == data.y).double()
-    if data.weight is None:
+    weights = weighted(data, class_weights).weight
+    if weights is None:
         return Scores(F.cross_entropy(logits, data.y).item(), right.mean().item())
     losses = F.cross_entropy(logits, data.y, reduction="none").double()
-    share = data.weight.double() / data.weight.double().sum()
-    return Scores((losses * share).sum().item(), (right * share).sum().item())
+    return Scores(_mean(losses, weights), _mean(right, data.weight))
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    if weights is None:
+        return values.mean().item()
+    wide = weights.double()
+    return (values * wide).sum().item() / wide.sum().item()

@@ -17,6 +17,7 @@ from truenorm.data.augmentation import lightly, shifted
 from truenorm.data.batches import Batch, chunks, in_batches, in_order
 from truenorm.data.datasets import Dataset, Splits
 from truenorm.errors import InputError
+from truenorm.training.class_weight import weighted, weights_of
 from truenorm.training.config import TrainConfig
 from truenorm.training.evaluate import AnyBatch, Scores, check_classes, logits_of, score, scored
 
@@ -72,13 +73,15 @@ class InMemory:
     def __init__(self, splits: Splits, config: TrainConfig, device: torch.device) -> None:
         config.check_shape(splits.input_shape)
         self.splits, self._config, self._device = splits, config, device
+        self._class_weights = weights_of(config.class_weight, splits.train)
+        self._train = weighted(splits.train, self._class_weights)
         self.examples = len(splits.train)
         self.batches = len(chunks(torch.arange(self.examples), config.batch_size))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         config, splits = self._config, self.splits
         order, generator = self.order(number)
-        batches = in_batches(splits.train, order, config.batch_size, splits.scaling, self._device)
+        batches = in_batches(self._train, order, config.batch_size, splits.scaling, self._device)
         if config.shift:
             batches = (b._replace(x=shifted(b.x, config.shift, generator)) for b in batches)
         if config.augment == "light":
@@ -99,7 +102,8 @@ class InMemory:
         valid, scaling, device = self.splits.valid, self.splits.scaling, self._device
         if loss is not None:
             return scored(model, in_order(valid, scaling, device), device, loss=loss, amp=amp)
-        return score(logits_of(model, valid, scaling, device, amp=amp), valid)
+        logits = logits_of(model, valid, scaling, device, amp=amp)
+        return score(logits, valid, self._class_weights)
 
     def described(self, few: AnyBatch) -> str:
         return f"shape (N, {', '.join(map(str, self.splits.input_shape))})"
@@ -143,6 +147,11 @@ class Loaded:
             raise InputError(
                 f"{name} moves the images of Splits, got {value!r} with data of your own; "
                 f"augment in your Dataset, and leave {name} out."
+            )
+        if config.class_weight != "none":
+            raise InputError(
+                f"class_weight counts the classes of Splits, got {config.class_weight!r} with data "
+                "of your own; give loss=torch.nn.CrossEntropyLoss(weight=...)."
             )
         self._config, self._call = config, call
         self._train, self._valid = train, valid

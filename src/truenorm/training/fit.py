@@ -180,11 +180,14 @@ def _try_out(model: nn.Module, feed: Feed, loss: Loss | None, config: TrainConfi
         feed.check(logits_in(output))
         class_logits(output, few)
         return History.loss
-    if config.label_smoothing:
-        raise InputError(
-            "label_smoothing is for cross entropy, and the loss is "
-            f"{'loss=' if loss is not None else 'the one that the model returns'}; leave it at 0."
-        )
+    of_cross_entropy = {"label_smoothing": 0, "class_weight": "none"}
+    for name, idle in of_cross_entropy.items():
+        if getattr(config, name) != idle:
+            raise InputError(
+                f"{name} is for cross entropy, and the loss is "
+                f"{'loss=' if loss is not None else 'the one that the model returns'}; leave it at "
+                f"{idle}."
+            )
     if loss is None:
         return "the model's own loss"
     return str(getattr(loss, "__name__", type(loss).__name__))

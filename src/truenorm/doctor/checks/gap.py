@@ -96,7 +96,7 @@ def _distances(study: Study) -> Distances:
     )
     # A misfit of TOLD, in every channel and of one kind alone.
     alone = math.sqrt(TOLD)
-    return Distances("the data", "TN103", tuple(layers), math.exp(alone), alone)
+    return Distances("exact", "TN103", tuple(layers), math.exp(alone), alone)
 
 
 def _remedy(facts: Facts, running: Evaluation, exact: Evaluation, *, gap: bool) -> Remedy:

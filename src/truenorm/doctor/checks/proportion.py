@@ -51,8 +51,7 @@ def out_of_proportion(facts: Facts) -> Iterator[Found]:
         for norm, ratio in ratios.items()
         if ratio is not None
     ]
-    of = "what the weights beside it give"
-    facts.distances = Distances(of, "TN108", tuple(layers), limit, DEVIATIONS)
+    facts.distances = Distances("likely", "TN108", tuple(layers), limit, DEVIATIONS)
     for norm, ratio in ratios.items():
         causes, evidence = [], dict[str, Any]()
         times = None if ratio is None else ratio.beyond(limit)
