@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-import matplotlib
-from matplotlib.artist import Artist
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+# Of a backend that is not there, as MPLBACKEND names outside of its notebook, the import fails.
+_first = "matplotlib" not in sys.modules
+_backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+from matplotlib import ticker as ticker  # noqa: E402, PLC0414  # drawings take these from here
+from matplotlib.artist import Artist  # noqa: E402
+from matplotlib.axes import Axes as Axes  # noqa: E402, PLC0414
+from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    if _first:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = _backend
 
 # Stand-ins that matplotlib can draw with; the finished SVG names the page's variables instead.
 INK, QUIET, MAIN, MARK = "#010203", "#070809", "#0a0b0c", "#0d0e0f"

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -32,7 +33,22 @@ NormName = Literal["none", "batch", "layer", "group", "instance", "rms", "renorm
 NormPosition = Literal["before", "after"]
 GHOST = 16  # examples that share statistics; fewer are noisy (Hoffer et al. 2017 take 128)
 # Ioffe's ramp (2017) fifty times as fast: his runs take over 100,000 steps, these some thousand.
+# What classes and papers call them, without Norm and 1d, 2d or 3d.
+_ALSO = {"bn": "batch", "ln": "layer", "gn": "group", "in": "instance", "batchre": "renorm",
+         "brn": "renorm", "ghostbatch": "ghost", "gbn": "ghost", "identity": "none"}  # fmt: skip
 RENORM = Renorm(start=100, rmax_at=800, dmax_at=500)
+
+
+def norm_named(text: str) -> str:
+    """The norm that ``text`` means, as bn, BatchNorm2d or batch_norm mean batch; else ``text``."""
+    norms = get_args(NormName)
+    plain = re.sub(r"[\s_-]", "", text.lower())
+    bare = re.sub("(norm)?[123]?d?$", "", plain)
+    for name in (plain, bare):
+        known = _ALSO.get(name, name)
+        if known in norms:
+            return known
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +59,8 @@ class ModelSpec:
         name: which architecture; or a factory of one's own (:mod:`truenorm.factories`), as
             ``package.module:factory``, whose batch norms become ``norm`` and whose other
             weights are what they are with any norm. What follows is then its own affair.
-        norm: which normalization; "own" leaves a factory's model as it is.
+        norm: which normalization, by its name here or by what classes and papers call it, like
+            bn; "own" leaves a factory's model as it is.
         norm_position: before or after the activation; in the transformer, before each
             sub-layer (pre-norm) or after its residual sum (post-norm).
         widths: hidden units (mlp), channels of each stage (convnet, resnet) or the model
@@ -73,6 +90,7 @@ class ModelSpec:
                 "give a factory of your own, package.module:factory."
             )
         norms = get_args(NormName)
+        object.__setattr__(self, "norm", norm_named(self.norm))
         choose("norm", self.norm, norms if is_factory(self.name) else norms[:-1])
         choose("norm_position", self.norm_position, get_args(NormPosition))
         if not 0 <= self.dropout < 1:

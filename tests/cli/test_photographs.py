@@ -117,7 +117,9 @@ def test_photographs_sorted_otherwise_than_by_class_are_predicted_without_accura
     status, out, err = call(capsys, "predict", trained[0], tmp_path / "albums")
     assert status == 0
     assert len(rows_of(out)) == 4
-    assert "no accuracy, for 'of 2020' is none of the model's classes" in err
+    assert "nothing is scored" in err
+    assert "the label 'of 2020' of example 0 is none of the known classes" in err
+    assert "correct the label" not in err
     assert "4 examples\n" in err
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -138,7 +139,8 @@ def test_a_short_form_stands_where_a_repr_is_shown():
     assert repr(diagnosis(*MANY)) == (
         "<Diagnosis: not healthy: 53 errors; 53 normalization layers, 1 check passed, 0 skipped>"
     )
-    assert "healthy: no findings" in repr(diagnosis())
+    assert ": not examined with data: no findings; " in repr(diagnosis())
+    assert ": healthy: no findings; " in repr(dataclasses.replace(diagnosis(), with_data=True))
 
 
 def test_a_finding_has_its_page():

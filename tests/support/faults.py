@@ -853,6 +853,11 @@ MORE: dict[str, tuple[Fault, ...]] = {
         Fault("activations left in the norm", activations_left,
               hosts=("timm norms with activation",), blind=True),
     ),
+    "TN108": (
+        Fault("all variances times 4e5", on(every, scaled(4e5))),
+        Fault("a variance times 4e5", on(middle, scaled(4e5))),
+        Fault("means plus 1000", on(every, lambda n: n.running_mean.add_(1000))),
+    ),
 }  # fmt: skip
 
 # Told by truenorm.watch alone, and tested with it.

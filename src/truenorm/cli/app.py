@@ -9,7 +9,7 @@ import io
 import os
 import sys
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 import truenorm
 from truenorm.cli.doctor import doctor, recalibrate
@@ -34,6 +34,9 @@ app = App(
 )
 for _command in (train, compare, claims, predict, doctor, recalibrate, fold, export):
     app.command(_command, help_format="markdown")
+app.register_install_completion_command(
+    help="Install the completion of commands and options for this shell.", version_flags=[]
+)
 
 
 def main(tokens: list[str] | None = None) -> None:
@@ -60,6 +63,13 @@ def main(tokens: list[str] | None = None) -> None:
 
 
 def _text_of(error: BaseException) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        given = error.unused_tokens[0]
+        command = " ".join(error.command_chain or ())
+        return (
+            f"{command} takes no {given!r}; data are named by --data, as in truenorm {command} "
+            f"--data {given}. See truenorm {command} --help."
+        )
     if isinstance(error, CycloptsError):
         return f"{error} See truenorm --help."
     return str(error) or type(error).__name__

@@ -89,9 +89,11 @@ def doctor(
     from truenorm.factories import foreign
     from truenorm.report import diagnosis as report
 
+    if fix:
+        targets.check_saved(out)
     known = report.known(baseline) if baseline is not None else set()
-    opened = targets.open_target(target, data, label)
     kind = "json" if json else format or ("text" if fix else report.format_of(out))
+    opened = targets.open_target(target, data, label)
     applied, tried = None, 0
     with foreign(f"{target} could not be examined"):
         diagnosis = truenorm.examine(opened.model, opened.batches, held_out=opened.held_out)
@@ -143,6 +145,7 @@ def recalibrate(
     from truenorm.report import diagnosis as report
 
     check_file(out)
+    targets.check_saved(out)
     if targets.is_checkpoint(target):
         raise InputError(
             f"{target}: a checkpoint has no model to run data through; give a run folder or "

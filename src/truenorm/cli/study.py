@@ -104,7 +104,8 @@ def compare(
     dropout
         Probabilities, like 0,0.2.
     processes
-        Worker processes, each on one thread; by default one for each core.
+        Worker processes, each on one thread; by default one for each core, and 0 runs all in this
+        one.
     engine
         local, or ray: a Ray cluster, which needs the extra cluster.
     store
@@ -176,7 +177,8 @@ def claims(
     seeds
         Runs of each variant, in place of each claim's own number.
     processes
-        Worker processes, each on one thread; by default one for each core.
+        Worker processes, each on one thread; by default one for each core, and 0 runs all in this
+        one.
     store
         The SQLite file of finished runs; the same command goes on after a stop.
     retry

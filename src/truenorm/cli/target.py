@@ -88,6 +88,18 @@ def open_target(
     )
 
 
+def check_saved(out: Path | None) -> None:
+    """Refuse a name that no state dict goes by.
+
+    Raises:
+        InputError: another suffix than a checkpoint's.
+    """
+    if out is not None and out.suffix.lower() not in _CHECKPOINTS:
+        raise InputError(
+            f"{out}: --out takes the model's tensors and must end in {', '.join(_CHECKPOINTS)}."
+        )
+
+
 def is_checkpoint(text: str) -> bool:
     """Whether it names a file that :func:`open_target` takes for a checkpoint."""
     return Path(text).suffix in _CHECKPOINTS and not Path(text).is_dir()

@@ -57,8 +57,9 @@ class NewRun:
     norm: Annotated[
         str | None,
         _help(
-            "none, batch, layer, group, instance or rms; by default batch, and in a model of your "
-            "own what is there."
+            "none, batch, layer, group, instance, rms, renorm (batch renormalization) or ghost "
+            "(batch norm over 16 examples at a time); by default batch, and in a model of your own "
+            "what is there."
         ),
     ] = None
     norm_position: Annotated[
@@ -123,7 +124,8 @@ def train(
         return OUTCOMES.get(ended["stopped"], DONE)
     with run.following(work, quiet=quiet, as_json=json) as observe:
         outcome = work.execute(observe)
-    work.save(outcome, run_page.render(work, outcome) if outcome.judgement is not None else None)
+        page = run_page.render(work, outcome) if outcome.judgement is not None else None
+        work.save(outcome, page)
     run.result(outcome.result, as_json=json)
     return OUTCOMES.get(outcome.history.stopped, DONE)
 

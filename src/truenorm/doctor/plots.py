@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
-
-from truenorm.canvas import MAIN, MARK, QUIET, drawing, svg, tell
+from truenorm.canvas import MAIN, MARK, QUIET, Axes, drawing, svg, tell, ticker
 from truenorm.doctor.facts import Distance, Distances
 
 MOST_DRAWN = 40  # layers; of more those that are off most
@@ -112,6 +109,6 @@ def _dots(axes: Axes, panel: _Panel, layers: list[Distance], found: Collection[s
         told = "_limit" if i else "limit"
         axes.axvline(limit, color=QUIET, linewidth=1, linestyle="--", label=told)
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set(xlabel=panel.unit, ylim=(len(layers) - 0.5, -0.5))
     axes.set_title(panel.title, loc="left")

@@ -16,11 +16,22 @@ from truenorm.errors import InputError
 from truenorm.files import to_json, write_atomically
 from truenorm.layers.recalibration import Recalibration
 
+_FORMATS = {"": "text", ".txt": "text", ".log": "text", ".json": "json", ".sarif": "sarif",
+            ".html": "html"}  # fmt: skip
+
 
 def format_of(out: Path | None) -> str:
-    """The format that the suffix of ``out`` asks for."""
-    suffix = "" if out is None else out.suffix.removeprefix(".")
-    return suffix if suffix in ("json", "sarif", "html") else "text"
+    """The format that the suffix of ``out`` asks for.
+
+    Raises:
+        InputError: it asks for another than there are.
+    """
+    suffix = "" if out is None else out.suffix.lower()
+    if suffix not in _FORMATS:
+        raise InputError(
+            f"{out}: --out must end in {', '.join(filter(None, _FORMATS))}; or choose by --format."
+        )
+    return _FORMATS[suffix]
 
 
 def deliver(

@@ -7,8 +7,11 @@ stderr.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -29,14 +32,40 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
     In a terminal a bar with rate and time left stands under the epochs' lines; elsewhere, and
     where CI is set, there are the lines alone.
     """
-    if quiet:
-        yield None
+    console = Console(stderr=as_json or quiet, highlight=False, soft_wrap=True)
+    with _answered(console, job):
+        if quiet:
+            yield None
+            return
+        _introduce(console, job)
+        total = job.request.train.epochs * len(job.splits.train)
+        with shown(console, total) as observe:
+            yield observe
+
+
+@contextlib.contextmanager
+def _answered(console: Console, job: Job) -> Iterator[None]:
+    """Say at once what Ctrl-C does, for on a busy machine the rest takes seconds."""
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread:
+        yield  # another program's own answer, or none wanted
         return
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    _introduce(console, job)
-    total = job.request.train.epochs * len(job.splits.train)
-    with shown(console, total) as observe:
-        yield observe
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        console.print(
+            "stopping: the best epoch so far is tested and saved; Ctrl-C again leaves at once. "
+            f"Continue with: truenorm train --resume {job.run.folder}",
+            markup=False,
+        )
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _introduce(console: Console, job: Job) -> None:

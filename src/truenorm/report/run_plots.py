@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-
-from truenorm.canvas import MAIN, MARK, QUIET, drawing, svg, tell
+from truenorm.canvas import MAIN, MARK, QUIET, Axes, drawing, svg, tell, ticker
 from truenorm.training.history import History
 from truenorm.training.judgement import Histogram, NormView
 
@@ -110,4 +107,4 @@ def _mark_best(axes: Axes, history: History, field: str, factor: float = 1) -> N
         axes.axvline(best.epoch, color=MARK, linewidth=1, linestyle=":")
         axes.plot([best.epoch], [value], "o", color=MARK, label=f"best: epoch {best.epoch}")
     axes.legend()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

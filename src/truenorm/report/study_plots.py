@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-
-from truenorm.canvas import INK, MARK, QUIET, SERIES, drawing, style_of, svg, tell
+from truenorm.canvas import INK, MARK, QUIET, SERIES, Axes, drawing, style_of, svg, tell, ticker
 from truenorm.studies.study import Study
 from truenorm.studies.variants import Variant
 
@@ -127,7 +124,7 @@ def curves(study: Study) -> list[tuple[str, str]]:
                 said += [f"{norm} ends at {means[-1]:.2f} %"] if means else []
             if study.goal:
                 axes.axhline(100 * study.goal, color=QUIET, linewidth=1, linestyle=":")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
             axes.set(xlabel="epoch", ylabel="validation accuracy (%)", title=setting)
             axes.legend()
             drawn = svg(figure, f"Learning curves, {setting}", f"{'; '.join(said)}.")
@@ -152,6 +149,6 @@ def _shown(study: Study, value: float | None) -> float:
 
 def _ticks(axes: Axes, places: list[float], labels: list[str]) -> None:
     """Ticks on a logarithmic axis where something was measured, and nowhere else."""
-    axes.xaxis.set_major_locator(FixedLocator(places))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(ticker.FixedLocator(places))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xticks(places, labels)

@@ -51,7 +51,9 @@ class StudyPlan:
         "that builds a model with batch norms; several are compared norm by norm in each.",
     )
     norms: Sequence[str] = option(
-        ("none", "batch", "group", "layer"), "Norms to compare; the first is the reference."
+        ("none", "batch", "group", "layer"),
+        "Norms to compare, of none, batch, layer, group, instance, rms, renorm and ghost; the "
+        "first is the reference.",
     )
     batch_sizes: Sequence[int] | None = option(
         None, "Batch sizes, like 4,16,64; by default the recipe's own."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truenorm.errors import InputError
-from truenorm.models import ModelSpec
+from truenorm.models import ModelSpec, norm_named
 from truenorm.studies.plan import StudyPlan
 from truenorm.studies.trial import Purpose, Trial
 from truenorm.training.config import TrainConfig
@@ -53,7 +53,7 @@ def variants_of(plan: StudyPlan, examples: int) -> list[Variant]:
     Raises:
         InputError: a field or value that cannot be, or a variant that is there twice.
     """
-    norms, varied = tuple(plan.norms), plan.varied()
+    norms, varied = tuple(map(norm_named, plan.norms)), plan.varied()
     unknown = varied.keys() - _SPEC_FIELDS - _CONFIG_FIELDS - {"name", "batch_size"}
     if unknown:
         raise InputError(

@@ -28,7 +28,7 @@ class NormClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
 
     Args:
         hidden: units of each hidden layer.
-        norm: none, batch, layer, group, instance or rms.
+        norm: none, batch, layer, group, instance, rms, renorm or ghost.
         norm_position: before or after the activation.
         dropout: probability of dropping a hidden unit.
         recipe: "default", or "classic" for the textbook protocol.

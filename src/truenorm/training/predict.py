@@ -85,7 +85,8 @@ def predict(
         except InputError as error:
             if target is not None:
                 raise
-            notes = (*notes, f"nothing is scored: {error}")
+            why, _, _ = str(error).partition(";")  # what to do about it is for training's data
+            notes = (*notes, f"nothing is scored: {why}")
     logits = logits_of(trained.model, unlabelled, trained.scaling, torch.device("cpu"))
     called = reading.id or ("row" if given.ids is None else "file")
     return Prediction(
