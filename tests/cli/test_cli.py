@@ -13,7 +13,7 @@ import pytest
 
 from children import heed_ctrl_c
 from samples import blobs
-from truenorm import ModelSpec
+from truenorm import InputError, ModelSpec
 from truenorm.cli.train import NewRun
 
 QUICK = ("--data", "iris", "--epochs", 3)
@@ -266,3 +266,70 @@ def test_every_public_name_is_there():
     assert set(truenorm.__all__) <= set(dir(truenorm))
     with pytest.raises(AttributeError, match="no attribute 'BatchNrom'"):
         truenorm.BatchNrom  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_data_without_its_option_is_told_the_option(cli, command):
+    code, _, err = cli(command, "iris")
+    assert code == 2
+    assert f"truenorm {command} --data iris" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "norm"),
+    [
+        ("bn", "batch"), ("BatchNorm2d", "batch"), ("batch_norm", "batch"), ("LayerNorm", "layer"),
+        ("gn", "group"), ("instance-norm", "instance"), ("rmsnorm", "rms"), ("none", "none"),
+        ("batchrenorm", "renorm"), ("Ghost", "ghost"),
+    ],
+)  # fmt: skip
+def test_a_norm_may_be_called_as_classes_and_papers_call_it(text, norm):
+    assert ModelSpec(norm=text).norm == norm
+
+
+@pytest.mark.parametrize("text", ["", "norm", "d", "1d", "batchh", "own"])
+def test_what_no_norm_is_called_is_refused_as_it_was_given(text):
+    with pytest.raises(InputError, match=f"unknown norm '{text}'; choose one of none, batch"):
+        ModelSpec(norm=text)
+
+
+def test_norms_of_a_study_are_compared_under_their_own_names(cli):
+    code, out, err = cli("compare", "--data", "iris", "--norm", "bn,LayerNorm", "--seeds", 2,
+                         "--epochs", 1, "--processes", 0, "--json", "--quiet")  # fmt: skip
+    assert code == 0, err
+    assert {row["variant"] for row in json.loads(out)["rows"]} == {"batch/16", "layer/16"}
+    code, _, err = cli("compare", "--data", "iris", "--norm", "bn,batch", "--seeds", 2)
+    assert code == 2
+    assert "all different" in err
+
+
+def test_every_norm_is_named_in_the_help(cli):
+    _, train, _ = cli("train", "--help")
+    _, compare, _ = cli("compare", "--help")
+    for norm in ("none", "batch", "layer", "group", "instance", "rms", "renorm", "ghost"):
+        assert norm in train
+        assert norm in compare
+
+
+def test_ctrl_c_is_answered_at_once_and_a_second_one_leaves_with_the_hint_said(tmp_path):
+    code = (  # the second comes while the best epoch is tested
+        "import os, signal\n"
+        "from truenorm.cli import main\n"
+        "from truenorm.training import job\n"
+        "def judge(*args): os.kill(os.getpid(), signal.SIGINT)\n"
+        "job.judge = judge\n"
+        "main(['train', '--data', 'digits', '--epochs', '3000', '--patience', '3000', '--run-dir', "
+        f"{str(tmp_path / 'r')!r}])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c, env={**os.environ, "PYTHONUNBUFFERED": "1"},  # noqa: PLW1509
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch    3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert f"Continue with: truenorm train --resume {tmp_path / 'r'}" in out
+    assert err == "truenorm: interrupted.\n"

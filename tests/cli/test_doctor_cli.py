@@ -560,3 +560,19 @@ def test_recalibration_is_written_only_if_it_is_no_worse(run_folder, factory, ca
 def test_what_cannot_be_recalibrated_exits_with_2_and_one_message(factory, capsys, tokens, message):
     assert message in refused(capsys, "recalibrate", *tokens)
     assert not (factory / "a.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["doctor", "ill:model", "-o", "d.pdf"], "d.pdf: --out must end in .txt, .log, .json"),
+        (["doctor", "ill:model", "--fix", "-o", "m.txt"], "m.txt: --out takes the model's tensors"),
+        (["recalibrate", "ill:model", "-o", "x.txt"], "x.txt: --out takes the model's tensors"),
+    ],
+)
+def test_outputs_of_unknown_kinds_are_refused_before_the_work(
+    capsys, tmp_path, monkeypatch, tokens, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *tokens)
+    assert list(tmp_path.iterdir()) == []

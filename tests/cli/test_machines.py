@@ -116,3 +116,32 @@ def test_metrics_have_the_same_ends_of_lines_everywhere(folder):
     lines = (folder / "运行" / "metrics.csv").read_bytes().splitlines(keepends=True)
     assert len(lines) == 2
     assert all(line.endswith(b"\r\n") and line.count(b"\r") == 1 for line in lines)
+
+
+@pytest.mark.parametrize("backend", ["no-such", "module://no.such_module"])
+def test_a_backend_of_matplotlib_that_is_not_there_stops_no_command(folder, tmp_path, backend):
+    run = tmp_path / "run"
+    done = truenorm(*COMMANDS["train"], str(run), where=folder, MPLBACKEND=backend)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "<svg" in (run / "report.html").read_text("utf-8")
+
+
+def test_drawing_a_page_leaves_the_backend_as_it_was_chosen():
+    code = "import truenorm.canvas, matplotlib; print(matplotlib.get_backend())"
+    env = {**os.environ, "MPLBACKEND": "svg"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "svg\n"
+
+
+def test_completion_is_installed_for_the_shell(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    done = truenorm(
+        "--install-completion", where=tmp_path, without=("XDG_DATA_HOME",), HOME=str(home),
+        SHELL="/bin/bash",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (script,) = (path for path in home.rglob("truenorm*") if path.is_file())
+    for word in ("recalibrate", "--class-weight", "--require-data"):
+        assert word in script.read_text("utf-8")
