@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from truenorm import InputError, ModelSpec, build
 from truenorm.cli import main
 from truenorm.report import claims as report
-from truenorm.studies.claims.catalogue import CLAIMS
+from truenorm.studies.claims.catalogue import CLAIMS, how_busy
 from truenorm.studies.claims.claim import Part, answer_of, judge_parts
 from truenorm.studies.claims.testing import claims
 
@@ -147,3 +148,12 @@ def test_specs_stored_before_the_new_fields_load_and_keep_their_digest():
     assert set(spec.to_json()) == set(stored)
     changed = ModelSpec(init_scale=2.0, norm_momentum=0.5)
     assert ModelSpec.from_json(changed.to_json()) == changed
+
+
+@pytest.mark.parametrize(
+    ("away", "said"), [([0.0, 0.1], ""), ([math.nan], ""), ([], ""), ([0.1, 0.63], "up to 63%")]
+)
+def test_a_claim_of_times_says_that_the_machine_was_busy(away, said):
+    note = how_busy(away)
+    assert bool(note) == bool(said)
+    assert said in note

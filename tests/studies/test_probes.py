@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -483,11 +484,28 @@ def test_online_running_normalizes_and_tracks_as_the_float64_reference_does():
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 def test_cost_is_positive_and_folding_exact(parts, norm):
-    found = PROBES["cost"](dataclasses.replace(SMALL, norm=norm), CONFIG, parts)
+    config = dataclasses.replace(CONFIG, threads=1)
+    found = PROBES["cost"](dataclasses.replace(SMALL, norm=norm), config, parts)
     assert 0 <= found.pop("fold_error") < 1e-4
+    assert 0 <= found.pop("away") < 1
     assert all(math.isfinite(v) and v > 0 for v in found.values())
     names = ("with_norm_ms", "none_ms", "folded_ms", "norm_over_none", "folded_over_none")
     assert {f"{name}_{size}" for name in names for size in (1, 64)} <= found.keys()
+
+
+def test_times_are_processor_time_which_a_pause_does_not_lengthen(parts, monkeypatch):
+    clocks = iter(range(0, 10**9))
+    monkeypatch.setattr(time, "thread_time", lambda: next(clocks) * 1e-3)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clocks) * 1e-1)  # others' work
+    found = PROBES["cost"](SMALL, dataclasses.replace(CONFIG, threads=1), parts)
+    assert found["away"] > 0.9
+    assert found["folded_ms_1"] < 2  # a tick of the processor's clock over several calls
+
+
+def test_of_several_threads_times_are_real_and_others_work_is_not_known(parts):
+    found = PROBES["cost"](SMALL, dataclasses.replace(CONFIG, threads=2), parts)
+    assert math.isnan(found["away"])
+    assert found["with_norm_ms_1"] > 0
 
 
 # All of them ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ WIDTHS = {
     "transformer": (32, 32),
 }
 BATCH = 60
+BUSY = 0.2  # share of the time that others have a processor; on an idle machine it is below 0.05
 
 Points = list[tuple[float | str, SeedScores]]  # of a series: a value of the axis and its scores
 PartsAndPlot = tuple[list[Part], Plot]
@@ -375,7 +377,22 @@ def inference_cost(lab: Lab, size: StudySize) -> PartsAndPlot:
         for n in (1, 64)
     ]
     shown = {label: [2**v for v in values] for label, values in times.items()}
-    return parts, _bars("Milliseconds a batch", shown)
+    away = [r.figures.get("away", math.nan) for of_arm in rows.values() for r in of_arm]
+    plot = _bars("Milliseconds a batch", shown)
+    return parts, dataclasses.replace(plot, note=how_busy(away))
+
+
+def how_busy(away: Sequence[float]) -> str:
+    """What other programs' work does to times, where it was there."""
+    known = [share for share in away if not math.isnan(share)]
+    most = max(known, default=0.0)
+    if most < BUSY:
+        return ""
+    return (
+        f"The machine was busy: for up to {most:.0%} of a run other programs had the processor. "
+        "Times are this program's own, but caches and clock rates are shared: run it again on an "
+        "idle machine before you quote it."
+    )
 
 
 INFERENCE_COST = Claim(

@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,10 @@ def cost(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, floa
     For batches of 1 and 64: the median over 15 rounds of ``with_norm_ms_N``, ``none_ms_N`` and
     ``folded_ms_N``. A round runs the three and then the three in reverse, so that a drift falls
     on all alike; a ratio (``norm_over_none_N``, ``folded_over_none_N``, ``folded_over_norm_N``)
-    is the median of the rounds' own. ``fold_error`` is the largest difference of the folded
+    is the median of the rounds' own. Where one thread of a CPU computes, they are its processor
+    time, which other programs' work does not lengthen, and ``away`` is the share of the real time
+    for which the thread had no processor; else times are real, and it is not known (NaN).
+    ``fold_error`` is the largest difference of the folded
     model's outputs, over the largest output. The model has trained for up to 30 steps; only batch
     norms can be folded, with any other norm the folded model is an equal copy.
     """
@@ -42,9 +46,19 @@ def cost(spec: ModelSpec, config: TrainConfig, splits: Splits) -> dict[str, floa
         x = gather(splits.train, rows, splits.scaling, device).x
         folded = fold(model, x)
         found: dict[str, float] = {"fold_error": folded.error}
+        clock = _clock_for(x)
+        began, worked = time.perf_counter(), clock()
         for size in BATCHES:
-            found |= _timed((model, none, folded.model), x[:size], size)
-    return found
+            found |= _timed((model, none, folded.model), x[:size], size, clock)
+        share = (clock() - worked) / (time.perf_counter() - began)
+    return {**found, "away": math.nan if clock is time.perf_counter else max(0.0, 1 - share)}
+
+
+def _clock_for(x: Tensor) -> Callable[[], float]:
+    """Processor time where it is all of the work, and fine enough; else real time."""
+    fine = time.get_clock_info("thread_time").resolution < BLOCK_SECONDS / 1000
+    alone_on_cpu = not x.is_cuda and torch.get_num_threads() == 1
+    return time.thread_time if fine and alone_on_cpu else time.perf_counter
 
 
 def _begun(model: nn.Module, splits: Splits, config: TrainConfig) -> nn.Module:
@@ -57,12 +71,14 @@ def _begun(model: nn.Module, splits: Splits, config: TrainConfig) -> nn.Module:
 
 
 @torch.inference_mode()
-def _timed(models: tuple[nn.Module, ...], x: Tensor, size: int) -> dict[str, float]:
-    calls = max(1, math.ceil(BLOCK_SECONDS / min(_seconds(m, x, 3) for m in models)))
+def _timed(
+    models: tuple[nn.Module, ...], x: Tensor, size: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    calls = max(1, math.ceil(BLOCK_SECONDS / min(_seconds(m, x, 3, clock) for m in models)))
     rounds = []
     for _ in range(ROUNDS):
-        there = [_seconds(model, x, calls) for model in models]
-        back = [_seconds(model, x, calls) for model in reversed(models)]
+        there = [_seconds(model, x, calls, clock) for model in models]
+        back = [_seconds(model, x, calls, clock) for model in reversed(models)]
         rounds.append([(a + b) / 2 for a, b in zip(there, reversed(back), strict=True)])
     norm, none, folded = zip(*rounds, strict=True)
     return {
@@ -79,10 +95,10 @@ def _ratio(over: tuple[float, ...], under: tuple[float, ...]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def _seconds(model: nn.Module, x: Tensor, calls: int) -> float:
-    start = time.perf_counter()
+def _seconds(model: nn.Module, x: Tensor, calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(calls):
         model(x)
     if x.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
