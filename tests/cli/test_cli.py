@@ -333,3 +333,21 @@ def test_ctrl_c_is_answered_at_once_and_a_second_one_leaves_with_the_hint_said(t
     assert process.returncode == 130
     assert f"Continue with: truenorm train --resume {tmp_path / 'r'}" in out
     assert err == "truenorm: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("weight", "learned"), [("none", True), ("balanced", True), ("none", False)]
+)
+def test_beside_accuracy_stands_what_it_hides(cli, tmp_path, weight, learned):
+    rng = np.random.default_rng(0)
+    rare = np.arange(1000) % 33 == 1
+    x = rng.normal(3.0 * rare * learned, 1)
+    (tmp_path / "t.csv").write_text(
+        "a,y\n" + "".join(f"{v},{'rare' if r else 'usual'}\n" for v, r in zip(x, rare, strict=True))
+    )
+    code, out, err = cli(
+        "train", "--data", "t.csv", "--target", "y", "--class-weight", weight, "--quiet"
+    )
+    assert code == 0, err
+    assert "always answering usual would be right for 97.00%" in out
+    assert ("nothing that tells the classes apart was learned" in out) is not learned

@@ -108,6 +108,7 @@ def _columns_table(preparation: Preparation) -> Table:
     return table
 
 
+NEAR_CHANCE = 0.05  # of balanced accuracy
 _STOPPED = {
     "early": "stopped early",
     "finished": "all epochs done",
@@ -158,7 +159,8 @@ def _beside_accuracy(values: dict[str, Any]) -> Iterator[str]:
         f"balanced accuracy {values['balanced_accuracy']:.2%}, mean F1 {values['macro_f1']:.3f}; "
         f"always answering {values['majority']} would be right for {share:.2%}"
     )
-    if accuracy <= share:
+    chance = 1 / len(values["f1"])  # the balanced accuracy of always answering alike
+    if accuracy <= share and values["balanced_accuracy"] <= chance + NEAR_CHANCE:
         yield "the model is no better than that: nothing that tells the classes apart was learned"
 
 
