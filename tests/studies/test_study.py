@@ -843,3 +843,11 @@ def test_a_study_of_nothing_but_failures_still_has_a_report(tmp_path, monkeypatc
         report.write(study, tmp_path / name)
     assert "no &lt;luck&gt;" in (tmp_path / "r.html").read_text()
     assert [s.mean for s in study.summaries()] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("epochs", r"changes=\{'epochs': \.\.\.\}"), ("sedes", "one of against, ")]
+)
+def test_keywords_that_are_no_fields_of_a_plan_are_told_where_they_go(name, told):
+    with pytest.raises(InputError, match=f"compare takes no {name}, got 2; give {told}"):
+        truenorm.compare("iris", **{name: 2})

@@ -12,7 +12,7 @@ from truenorm.data.datasets import Splits, Uncut
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.factories import is_factory
-from truenorm.models import build, identified
+from truenorm.models import ModelSpec, build, identified
 from truenorm.provenance import environment
 from truenorm.studies.plan import StudyPlan
 from truenorm.studies.question import Question
@@ -22,6 +22,7 @@ from truenorm.studies.trial import Row
 from truenorm.studies.tuning import tuned
 from truenorm.studies.variants import Variant, variants_of
 from truenorm.studies.verdicts import JudgedPair
+from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of
 from truenorm.training.fit import check_head
 
@@ -59,7 +60,7 @@ def compare(
         InputError: data, models, config or store will not do.
         KeyboardInterrupt: Ctrl-C; finished rows are in the store, and no process is left.
     """
-    plan = StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
+    plan = _planned(plan, fields)
     _refuse_main(plan, processes, engine)
     uncut, splits = _data(data, plan, reading)
     question = _question(plan, splits)
@@ -91,6 +92,18 @@ def compare(
 
 
 # Before anything is run ----------------------------------------------------------------------
+
+
+def _planned(plan: StudyPlan | None, fields: dict[str, Any]) -> StudyPlan:
+    """The plan with ``fields``; those of a model or of training are told where they go."""
+    known = {f.name for f in dataclasses.fields(StudyPlan)}
+    inner = {f.name for kind in (ModelSpec, TrainConfig) for f in dataclasses.fields(kind)}
+    for name in sorted(fields.keys() - known):
+        where = (
+            f"changes={{{name!r}: ...}}" if name in inner else f"one of {', '.join(sorted(known))}"
+        )
+        raise InputError(f"compare takes no {name}, got {fields[name]!r}; give {where}.")
+    return StudyPlan(**fields) if plan is None else dataclasses.replace(plan, **fields)
 
 
 def _refuse_main(plan: StudyPlan, processes: int | None, engine: str) -> None:
