@@ -351,3 +351,13 @@ def test_beside_accuracy_stands_what_it_hides(cli, tmp_path, weight, learned):
     assert code == 0, err
     assert "always answering usual would be right for 97.00%" in out
     assert ("nothing that tells the classes apart was learned" in out) is not learned
+
+
+def test_a_folder_that_an_output_needs_is_made_and_told(cli, tmp_path):
+    cli("train", *QUICK, "--run-dir", "r")
+    code, _, err = cli("predict", "r", "iris", "--out", "new/answers.csv")
+    assert code == 0
+    assert "new: is not there, and is made for answers.csv" in err
+    assert (tmp_path / "new" / "answers.csv").exists()
+    _, _, err = cli("predict", "r", "iris", "--out", "new/answers.csv")
+    assert "is made" not in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -86,9 +87,13 @@ def reading_of(options: Any) -> Reading:
 
 
 def check_file(out: Path | None) -> None:
-    """Refuse at once what could not be written after the work."""
-    if out is not None and out.is_dir():
+    """Refuse at once what could not be written after the work; tell of folders it will make."""
+    if out is None:
+        return
+    if out.is_dir():
         raise InputError(f"{out}: is a folder; --out names a file.")
+    if not out.parent.exists():
+        print(f"{out.parent}: is not there, and is made for {out.name}", file=sys.stderr)
 
 
 def widths_of(text: str | None) -> tuple[int, ...] | None:
