@@ -84,10 +84,14 @@ def _size(one: Distance) -> float:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Names without the parents that all of them have in common, and no longer than fits."""
+    """Names that fit: where they do not, without the parents that all of them have in common."""
     paths = [name.split(".") for name in names]
     common = 0
-    while len(names) > 1 and all(len(path) > common + 1 for path in paths):
+    while (
+        len(names) > 1
+        and max(map(len, names)) > LONGEST
+        and all(len(path) > common + 1 for path in paths)
+    ):
         if len({path[common] for path in paths}) > 1:
             break
         common += 1
