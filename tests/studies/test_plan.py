@@ -19,7 +19,7 @@ def test_keywords_make_the_plan_or_replace_fields_of_one():
     planned = compare(data, StudyPlan(**TINY, seeds=2), processes=0)
     replaced = compare(data, StudyPlan(**TINY, seeds=1), seeds=2, processes=0)
     assert timeless(planned.rows) == timeless(replaced.rows) == timeless(asked.rows)
-    with pytest.raises(TypeError, match="sedes"):
+    with pytest.raises(InputError, match="sedes"):
         compare(data, sedes=2)
 
 

@@ -7,6 +7,7 @@ stderr.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -32,11 +33,11 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
     In a terminal a bar with rate and time left stands under the epochs' lines; elsewhere, and
     where CI is set, there are the lines alone.
     """
-    console = Console(stderr=as_json or quiet, highlight=False, soft_wrap=True)
-    with _answered(console, job):
+    with _answered(job):
         if quiet:
             yield None
             return
+        console = Console(stderr=as_json, highlight=False, soft_wrap=True)
         _introduce(console, job)
         total = job.request.train.epochs * len(job.splits.train)
         with shown(console, total) as observe:
@@ -44,7 +45,7 @@ def following(job: Job, *, quiet: bool, as_json: bool) -> Iterator[Observer | No
 
 
 @contextlib.contextmanager
-def _answered(console: Console, job: Job) -> Iterator[None]:
+def _answered(job: Job) -> Iterator[None]:
     """Say at once what Ctrl-C does, for on a busy machine the rest takes seconds."""
     before = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -54,11 +55,14 @@ def _answered(console: Console, job: Job) -> Iterator[None]:
 
     def answer(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
-        console.print(
-            "stopping: the best epoch so far is tested and saved; Ctrl-C again leaves at once. "
-            f"Continue with: truenorm train --resume {job.run.folder}",
-            markup=False,
+        clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the bar's line
+        text = (
+            f"{clear}stopping: the best epoch so far is tested and saved; Ctrl-C again leaves at "
+            f"once. Continue with: truenorm train --resume {job.run.folder}\n"
         )
+        # Not by print: what was interrupted may be writing to the same buffer.
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), text.encode(sys.stderr.encoding, "backslashreplace"))
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, answer)
