@@ -60,20 +60,27 @@ def test_a_bunch_of_scikit_learn_has_its_names():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([X], "cannot load list of 1: give a name or path, a pair"),
-        ((X, Y, Y), "cannot load tuple of 3"),
-        (X, "cannot load Tensor"),
-        (7, "cannot load int"),
-        (None, "cannot load NoneType"),
-        (Endless(), "Endless has no length; wrap it in a DataLoader that ends"),
-        (Words(), r"item 0 of the data is dict, not a pair \(x, y\)"),
-        (TensorDataset(X), "not a pair"),
-        (([[1, 2], [3]], [0, 1]), "whose rows are of one length"),
-        ((np.ma.masked_less(X.numpy(), 9), Y.numpy()), "masked array; fill it"),
-        ((X, Y[:-1]), r"one label per example, shape \(40,\), got labels of shape \(39,\)"),
-        ((X, Y / 3), "labels are measurements such as 0.3333"),
+        pytest.param([X], "cannot load list of 1: give a name or path, a pair", id="one array"),
+        pytest.param((X, Y, Y), "cannot load tuple of 3", id="three arrays"),
+        pytest.param(X, "cannot load Tensor", id="a tensor"),
+        pytest.param(7, "cannot load int", id="a number"),
+        pytest.param(None, "cannot load NoneType", id="None"),
+        pytest.param(
+            Endless(), "Endless has no length; wrap it in a DataLoader that ends", id="endless"
+        ),
+        pytest.param(Words(), r"item 0 of the data is dict, not a pair \(x, y\)", id="dicts"),
+        pytest.param(TensorDataset(X), "not a pair", id="no labels"),
+        pytest.param(([[1, 2], [3]], [0, 1]), "whose rows are of one length", id="ragged"),
+        pytest.param(
+            (np.ma.masked_less(X.numpy(), 9), Y.numpy()), "masked array; fill it", id="masked"
+        ),
+        pytest.param(
+            (X, Y[:-1]),
+            r"one label per example, shape \(40,\), got labels of shape \(39,\)",
+            id="a label short",
+        ),
+        pytest.param((X, Y / 3), "labels are measurements such as 0.3333", id="measurements"),
     ],
-    ids=str,
 )
 def test_what_is_no_pair_is_refused_with_what_would_be(given, message):
     with pytest.raises(InputError, match=message):
