@@ -255,7 +255,7 @@ def page() -> str:
         "number": number, "found": found, "alarms": alarms, "well": len(well),
         "hosts": len({e.host for e in well}), "sick_hosts": len({e.host for e in sick}),
         "faults": sum(map(len, (*faults.FAULTS.values(), *faults.MORE.values()))),
-        "codes": len(faults.FAULTS), "blind": ", ".join(blind.NAMES),
+        "codes": len({*faults.FAULTS, *faults.MORE}), "blind": ", ".join(blind.NAMES),
         "blind_well": len(parts[2][1]), **unseen,
         "first": len({e.host for e in parts[0][1]}), "second": len({e.host for e in parts[1][1]}),
         "by_code": table_of_codes(tables), "thresholds": table_of_thresholds(*parts[0]),
