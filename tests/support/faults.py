@@ -955,6 +955,10 @@ _POOLED = (
     "TN502 asks that most norms go straight into the next layer; here half of them or more go "
     "into a pooling, a sum or a dropout."
 )
+_DATA = (
+    "It is behind a weight that takes 9 values, an embedding's 3 and 6 numbers, which no weight "
+    "makes: they may be the data as they come, and TN108 judges no such layer."
+)
 MISSED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
     ("TN103", "all variances times 4"): (("table",), _FEW),
     ("TN103", "a variance times 30"): (("table", "projector"), _FEW),
@@ -963,6 +967,7 @@ MISSED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         ("table", "projector", "critic", "transformer with batch norm"), f"{_SLIGHT} {_FEW}",
     ),
     ("TN103", "the sign of the means"): (("unet", "classifier"), _SLIGHT),
+    ("TN108", "a variance times 4e5"): (("table",), _DATA),
     ("TN305", "upside down"): (("autoencoder", "critic", "unet"), _MEANS),
     ("TN305", "three times as large"): (("mlp",), _MEANS),
     ("TN401", "the last"): (("segresnet", "transformer", "levit"), _BETWEEN),
