@@ -1,0 +1,487 @@
+// How a job is cut into pieces and its pieces put together; after loops.h in its namespace.
+
+struct Arena {  // doubles, freed at the end of a call
+  double* at;
+  explicit Arena(int64_t count) : at((double*)__builtin_malloc(size_t(count + 8) * 8)) {}
+  ~Arena() { __builtin_free(at); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+};
+
+// The pieces of a job: `parts` of each of `blocks` of channels.
+struct Pieces {
+  int64_t blocks, parts;
+  int64_t width;  // channels of a block
+  int64_t size;   // planes: values of a channel in a part. rows: rows in a part
+  bool small;
+
+  explicit Pieces(const Job& job) {
+    small = job.N * job.C * job.S <= SMALL;
+    if (job.layout == Layout::planes) {
+      width = 1;
+      blocks = job.C;
+      size = PART;
+      parts = most(1, (job.N * job.S + PART - 1) / PART);
+      return;
+    }
+    width = most(1, BLOCK / job.S);
+    blocks = (job.C + width - 1) / width;
+    int64_t columns = least(width, job.C) * job.S;
+    int64_t values = blocks >= 8 ? 4 * PART : PART;
+    size = most(GROUP, values / columns / GROUP * GROUP);
+    parts = most(1, (job.N + size - 1) / size);
+  }
+};
+
+template <class T>
+struct Drive {
+  typedef wide<T> A;
+  Job& job;
+  Pieces pieces;
+  const T *x, *residual, *out, *dy;
+  T *y, *dx, *dresidual;
+  Arena arena;
+  Affine<A> affine;
+  double *shift, *first, *second, *third;  // of channels, and of parts of channels
+
+  explicit Drive(Job& job)
+      : job(job), pieces(job), x((const T*)job.x), residual((const T*)job.residual),
+        out((const T*)job.out), dy((const T*)job.dy), y((T*)job.y), dx((T*)job.dx),
+        dresidual((T*)job.dresidual), arena(job.C * (7 + 3 * pieces.parts)) {
+    double* at = arena.at;
+    shift = at;
+    first = at += job.C;
+    second = at += job.C * pieces.parts;
+    third = at += job.C * pieces.parts;
+    at += job.C * pieces.parts;
+    A* p = (A*)at;
+    affine = {p, p + job.C, p + 2 * job.C, p + 3 * job.C, p + 4 * job.C, p + 5 * job.C};
+  }
+
+  // Runs of channel c in part p: f(offset, length, the first value's place in the mask).
+  template <class F>
+  INLINE void runs(int64_t c, int64_t part, F f) const {
+    int64_t at = part * pieces.size, end = least(at + pieces.size, job.N * job.S);
+    while (at < end) {
+      int64_t n = at / job.S, s = at % job.S, length = least(job.S - s, end - at);
+      f((n * job.C + c) * job.S + s, length, at);
+      at += length;
+    }
+  }
+
+  INLINE void choose_shift(int64_t c) {
+    // Of a few values, far apart, whose number is a power of two: equal ones give themselves.
+    int64_t values = job.N * job.S;
+    double sum = 0;
+    for (int64_t k = 0; k < SAMPLES; ++k) {
+      int64_t i = values * k / SAMPLES, n = i / job.S, s = i % job.S;
+      sum += widen(x[(n * job.C + c) * job.S + s]);
+    }
+    sum /= SAMPLES;
+    shift[c] = sum - sum == 0 ? sum : 0;
+  }
+
+  // The parts of channel c as one: job.mean and job.var.
+  INLINE bool join(int64_t c) {
+    double s = 0, q = 0;
+    for (int64_t p = 0; p < pieces.parts; ++p) {
+      s += first[p * job.C + c];
+      q += second[p * job.C + c];
+    }
+    double count = double(job.count), off = s / count, var = q / count - off * off;
+    job.mean[c] = shift[c] + off;
+    job.var[c] = var > 0 || var != var ? var : 0;
+    // What cancelled between q and off matters: float64 values far from the shift.
+    double limit = sizeof(T) == 8 ? 16 : 1e6;
+    if (off * off <= limit * job.var[c]) return true;
+    double to = job.mean[c];
+    if (to - to != 0 || to == shift[c]) return true;
+    shift[c] = to;
+    return false;
+  }
+
+  INLINE void prepare(int64_t c) {
+    double k = 1 / __builtin_sqrt(job.var[c] + job.eps), o = 0;
+    A m = A(job.mean[c]);
+    double off = double(m) - job.mean[c];
+    off = off - off == 0 ? off * k : 0;
+    if (job.stretch) {
+      k *= job.stretch[c];
+      off = off * job.stretch[c] + job.slide[c];
+    }
+    double w = job.weight ? job.weight[c] : 1;
+    o = off * w + (job.bias ? job.bias[c] : 0);
+    affine.mean[c] = m;
+    affine.scale[c] = A(k * w);
+    affine.offset[c] = A(o);
+  }
+
+  // dx of channel c: a * dy + b * (x - mean) + c.
+  INLINE void prepare_gradient(int64_t c) {
+    double inverse = 1 / __builtin_sqrt(job.var[c] + job.eps);
+    double k = inverse * (job.weight ? job.weight[c] : 1) * (job.stretch ? job.stretch[c] : 1);
+    affine.a[c] = A(k);
+    if (!job.train) {
+      affine.b[c] = affine.c[c] = 0;
+      return;
+    }
+    double count = double(job.count), slip = double(affine.mean[c]);
+    slip = job.mean[c] - slip;  // x - affine.mean has this mean
+    slip = slip - slip == 0 ? slip : 0;
+    double b = -k * inverse * inverse * job.product[c] / count;
+    affine.b[c] = A(b);
+    affine.c[c] = A(-k * job.sum[c] / count - b * slip);
+  }
+
+  INLINE void join_sums(int64_t c) {
+    double s = 0, q = 0, t = 0;
+    for (int64_t p = 0; p < pieces.parts; ++p) {
+      s += first[p * job.C + c];
+      q += second[p * job.C + c];
+      t += third[p * job.C + c];
+    }
+    // Taken about affine.mean, which is job.mean rounded, or the mean given, which may be too.
+    double at = affine.mean[c];
+    if (job.train && !job.pooled) {
+      double slip = t / double(job.count);
+      if (slip - slip == 0) job.mean[c] = at + slip;
+    }
+    job.sum[c] = s;
+    job.product[c] = q - (job.mean[c] - at) * s;
+  }
+
+  // ---- pieces, of planes and of rows
+
+  INLINE void moments_piece(int64_t block, int64_t part) {
+    if (job.layout == Layout::planes) {
+      Sums sums;
+      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
+        moments_run(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block], sums);
+      });
+      first[part * job.C + block] = total(sums.first[0] + sums.first[1]) + sums.first1;
+      second[part * job.C + block] = total(sums.second[0] + sums.second[1]) + sums.second1;
+      return;
+    }
+    int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
+    int64_t n = (c1 - c0) * S;
+    double by[BLOCK], s[BLOCK] = {}, q[BLOCK] = {};
+    for (int64_t i = 0; i < n; ++i) by[i] = shift[c0 + i / S];
+    int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
+    moments_rows(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, s, q);
+    gather(c0, c1, part, s, first);
+    gather(c0, c1, part, q, second);
+  }
+
+  INLINE void gather(int64_t c0, int64_t c1, int64_t part, const double* columns, double* to) {
+    for (int64_t c = c0; c < c1; ++c) {
+      double sum = 0;
+      for (int64_t k = 0; k < job.S; ++k) sum += columns[(c - c0) * job.S + k];
+      to[part * job.C + c] = sum;
+    }
+  }
+
+  // Channel parameters p, one a column of channels [c0, c1).
+  INLINE void expand(const A* p, int64_t c0, int64_t c1, A* to) const {
+    if (job.S == 1) {
+      __builtin_memcpy(to, p + c0, size_t(c1 - c0) * sizeof(A));
+      return;
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t k = 0; k < job.S; ++k) to[(c - c0) * job.S + k] = p[c];
+    }
+  }
+
+  template <Mode MODE, bool RESIDUAL>
+  INLINE void apply_piece(int64_t block, int64_t part) {
+    if (job.layout == Layout::planes) {
+      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
+        apply_run<T, MODE, RESIDUAL, false>(
+            job, x + at, residual + (RESIDUAL ? at : 0), job.mask ? job.mask + mask : nullptr,
+            y + at, n, affine.mean + block, affine.scale + block, affine.offset + block);
+      });
+      return;
+    }
+    int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
+    int64_t n = (c1 - c0) * S;
+    A m[BLOCK], k[BLOCK], o[BLOCK];
+    expand(affine.mean, c0, c1, m);
+    expand(affine.scale, c0, c1, k);
+    expand(affine.offset, c0, c1, o);
+    int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
+    for (int64_t r = r0; r < r1; ++r) {
+      int64_t at = (r * job.C + c0) * S;
+      if (job.mask && !job.mask[r]) {
+        __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
+        continue;
+      }
+      apply_run<T, MODE, RESIDUAL, true>(job, x + at, residual + (RESIDUAL ? at : 0), nullptr,
+                                         y + at, n, m, k, o);
+    }
+  }
+
+  template <Mode MODE, bool OUTPUT>
+  INLINE void sums_piece(int64_t block, int64_t part) {
+    if (job.layout == Layout::planes) {
+      Sums sums;
+      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
+        sums_run<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
+                                  out ? out + at : nullptr, job.mask ? job.mask + mask : nullptr,
+                                  dy + at, n, affine.mean + block, affine.scale + block,
+                                  affine.offset + block, sums);
+      });
+      int64_t to = part * job.C + block;
+      first[to] = total(sums.first[0] + sums.first[1]) + sums.first1;
+      second[to] = total(sums.second[0] + sums.second[1]) + sums.second1;
+      third[to] = total(sums.third[0] + sums.third[1]) + sums.third1;
+      return;
+    }
+    int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
+    int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
+    A m[BLOCK], k[BLOCK], o[BLOCK];
+    double s[BLOCK], q[BLOCK], t[BLOCK];
+    for (int64_t i = 0; i < n; ++i) s[i] = q[i] = t[i] = 0;
+    expand(affine.mean, c0, c1, m);
+    expand(affine.scale, c0, c1, k);
+    expand(affine.offset, c0, c1, o);
+    int64_t at = c0 * S;
+    sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
+                               out ? out + at : nullptr, dy + at, r0, r1, job.C * S, n, m, k, o, s,
+                               q, t);
+    gather(c0, c1, part, s, first);
+    gather(c0, c1, part, q, second);
+    gather(c0, c1, part, t, third);
+  }
+
+  template <Mode MODE, bool OUTPUT>
+  INLINE void gradient_piece(int64_t block, int64_t part) {
+    if (job.layout == Layout::planes) {
+      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
+        gradient_run<T, MODE, OUTPUT, false>(
+            job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
+            job.mask ? job.mask + mask : nullptr, dy + at, dx ? dx + at : nullptr,
+            dresidual ? dresidual + at : nullptr, n, affine, block);
+      });
+      return;
+    }
+    int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
+    int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
+    A all[6][BLOCK];
+    Affine<A> p = {all[0], all[1], all[2], all[3], all[4], all[5]};
+    expand(affine.mean, c0, c1, p.mean);
+    expand(affine.scale, c0, c1, p.scale);
+    expand(affine.offset, c0, c1, p.offset);
+    expand(affine.a, c0, c1, p.a);
+    expand(affine.b, c0, c1, p.b);
+    expand(affine.c, c0, c1, p.c);
+    for (int64_t r = r0; r < r1; ++r) {
+      int64_t at = (r * job.C + c0) * S;
+      if (job.mask && !job.mask[r]) {
+        if (dx) __builtin_memset((void*)(dx + at), 0, size_t(n) * sizeof(T));
+        if (dresidual) __builtin_memset((void*)(dresidual + at), 0, size_t(n) * sizeof(T));
+        continue;
+      }
+      gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
+                                          out ? out + at : nullptr, nullptr, dy + at,
+                                          dx ? dx + at : nullptr,
+                                          dresidual ? dresidual + at : nullptr, n, p, 0);
+    }
+  }
+
+  // ---- whole jobs
+
+  // Whether a block's parts are better worked on one after the other, by one thread, from its cache.
+  bool by_block() const { return pieces.parts == 1 || pieces.blocks >= 4 * job.threads; }
+
+  INLINE int64_t begin(int64_t block) const { return block * pieces.width; }
+  INLINE int64_t end(int64_t block) const { return least((block + 1) * pieces.width, job.C); }
+
+  template <class F>
+  INLINE void each_piece(F f) {
+    each(job, pieces.blocks * pieces.parts, pieces.small, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) f(i / pieces.parts, i % pieces.parts);
+    });
+  }
+  // Each run of planes in the order of memory, where nothing but the result is sought: f(run).
+  template <class F>
+  INLINE void each_run(F f) {
+    int64_t runs = job.N * job.C;
+    int64_t together = most(1, SMALL / most(1, job.S));
+    each(job, (runs + together - 1) / together, pieces.small, [&](int64_t from, int64_t to) {
+      for (int64_t run = from * together; run < least(to * together, runs); ++run) f(run);
+    });
+  }
+  template <class F>
+  INLINE void each_block(F f) {
+    each(job, pieces.blocks, pieces.small, [&](int64_t from, int64_t to) {
+      for (int64_t block = from; block < to; ++block) f(block);
+    });
+  }
+
+  NOINLINE void find_moments(int64_t block) {
+    for (int64_t c = begin(block); c < end(block); ++c) choose_shift(c);
+    for (int64_t p = 0; p < pieces.parts; ++p) moments_piece(block, p);
+    if (joined(block)) return;
+    for (int64_t p = 0; p < pieces.parts; ++p) moments_piece(block, p);
+    joined(block);
+  }
+  INLINE bool joined(int64_t block) {
+    bool good = true;
+    for (int64_t c = begin(block); c < end(block); ++c) good &= join(c);
+    return good;
+  }
+
+  void moments() {
+    if (!job.count) {
+      for (int64_t c = 0; c < job.C; ++c) job.mean[c] = job.var[c] = 0;
+      return;
+    }
+    if (by_block()) {
+      each_block([&](int64_t block) { find_moments(block); });
+      return;
+    }
+    for (int64_t c = 0; c < job.C; ++c) choose_shift(c);
+    for (int64_t tries = 0; tries < 2; ++tries) {
+      each_piece([&](int64_t block, int64_t part) { moments_one(block, part); });
+      bool good = true;
+      for (int64_t block = 0; block < pieces.blocks; ++block) good &= joined(block);
+      if (good) return;
+    }
+  }
+  NOINLINE void moments_one(int64_t block, int64_t part) { moments_piece(block, part); }
+
+  template <Mode MODE, bool RESIDUAL>
+  NOINLINE void apply_one(int64_t block, int64_t part) {
+    apply_piece<MODE, RESIDUAL>(block, part);
+  }
+
+  template <Mode MODE, bool RESIDUAL>
+  void forward() {
+    if (!job.train || !by_block() || !job.count) {
+      if (job.train) moments();
+      for (int64_t c = 0; c < job.C; ++c) prepare(c);
+      if (job.layout == Layout::planes) {
+        each_run([&](int64_t run) { apply_of<MODE, RESIDUAL>(run); });
+      } else {
+        each_piece([&](int64_t block, int64_t part) { apply_one<MODE, RESIDUAL>(block, part); });
+      }
+      return;
+    }
+    each_block([&](int64_t block) {
+      find_moments(block);
+      for (int64_t c = begin(block); c < end(block); ++c) prepare(c);
+      for (int64_t p = 0; p < pieces.parts; ++p) apply_one<MODE, RESIDUAL>(block, p);
+    });
+  }
+
+  template <Mode MODE, bool RESIDUAL>
+  NOINLINE void apply_of(int64_t run) {
+    int64_t c = run % job.C, at = run * job.S;
+    apply_run<T, MODE, RESIDUAL, false>(job, x + at, residual + (RESIDUAL ? at : 0),
+                                        job.mask ? job.mask + run / job.C * job.S : nullptr,
+                                        y + at, job.S, affine.mean + c, affine.scale + c,
+                                        affine.offset + c);
+  }
+  template <Mode MODE, bool OUTPUT>
+  NOINLINE void gradient_of(int64_t run) {
+    int64_t c = run % job.C, at = run * job.S;
+    gradient_run<T, MODE, OUTPUT, false>(
+        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
+        job.mask ? job.mask + run / job.C * job.S : nullptr, dy + at, dx ? dx + at : nullptr,
+        dresidual ? dresidual + at : nullptr, job.S, affine, c);
+  }
+
+  template <Mode MODE, bool OUTPUT>
+  NOINLINE void sums_one(int64_t block, int64_t part) {
+    sums_piece<MODE, OUTPUT>(block, part);
+  }
+  template <Mode MODE, bool OUTPUT>
+  NOINLINE void gradient_one(int64_t block, int64_t part) {
+    gradient_piece<MODE, OUTPUT>(block, part);
+  }
+
+  template <Mode MODE, bool OUTPUT>
+  void backward(bool with_sums, bool with_gradient) {
+    for (int64_t c = 0; c < job.C; ++c) prepare(c);
+    auto after = [&](int64_t block) {
+      for (int64_t c = begin(block); c < end(block); ++c) {
+        if (with_sums) join_sums(c);
+        if (with_gradient) prepare_gradient(c);
+      }
+    };
+    if (with_sums && by_block()) {
+      each_block([&](int64_t block) {
+        for (int64_t p = 0; p < pieces.parts; ++p) sums_one<MODE, OUTPUT>(block, p);
+        after(block);
+        if (!with_gradient) return;
+        for (int64_t p = 0; p < pieces.parts; ++p) gradient_one<MODE, OUTPUT>(block, p);
+      });
+      return;
+    }
+    if (with_sums) {
+      each_piece([&](int64_t block, int64_t part) { sums_one<MODE, OUTPUT>(block, part); });
+    }
+    for (int64_t block = 0; block < pieces.blocks; ++block) after(block);
+    if (with_gradient && job.layout == Layout::planes) {
+      each_run([&](int64_t run) { gradient_of<MODE, OUTPUT>(run); });
+    } else if (with_gradient) {
+      each_piece([&](int64_t block, int64_t part) { gradient_one<MODE, OUTPUT>(block, part); });
+    }
+  }
+};
+
+INLINE Mode mode_of(const Job& job, bool relu_by_tile) {
+  if (job.mask || relu_by_tile) return TILED;
+  return job.act == Act::none ? PLAIN : job.act == Act::relu ? RELU : TILED;
+}
+
+template <class T>
+static void moments_of(Job& job) {
+  Drive<T>(job).moments();
+}
+template <class T>
+static void forward_of(Job& job) {
+  Drive<T> drive(job);
+  Mode mode = mode_of(job, false);
+  if (job.residual) {
+    mode == PLAIN  ? drive.template forward<PLAIN, true>()
+    : mode == RELU ? drive.template forward<RELU, true>()
+                   : drive.template forward<TILED, true>();
+  } else {
+    mode == PLAIN  ? drive.template forward<PLAIN, false>()
+    : mode == RELU ? drive.template forward<RELU, false>()
+                   : drive.template forward<TILED, false>();
+  }
+}
+template <class T>
+static void backward_by(Job& job, bool sums, bool gradient) {
+  Drive<T> drive(job);
+  Mode mode = mode_of(job, job.residual && !job.out);
+  if (mode == PLAIN) return drive.template backward<PLAIN, false>(sums, gradient);
+  if (mode == TILED) return drive.template backward<TILED, false>(sums, gradient);
+  if (job.out) return drive.template backward<RELU, true>(sums, gradient);
+  drive.template backward<RELU, false>(sums, gradient);
+}
+
+#define BY_DTYPE(CALL)                   \
+  switch (job.dtype) {                   \
+    case Dtype::f32: return CALL(float)  \
+    case Dtype::f64: return CALL(double) \
+    case Dtype::bf16: return CALL(bf16)  \
+    case Dtype::f16: return CALL(f16)    \
+  }
+#define MOMENTS(T) moments_of<T>(job);
+#define FORWARD(T) forward_of<T>(job);
+#define SUMS(T) backward_by<T>(job, true, false);
+#define BACKWARD(T) backward_by<T>(job, true, true);
+#define GRADIENT(T) backward_by<T>(job, false, true);
+static void moments(Job& job) { BY_DTYPE(MOMENTS) }
+static void forward(Job& job) { BY_DTYPE(FORWARD) }
+static void sums(Job& job) { BY_DTYPE(SUMS) }
+static void backward(Job& job) { BY_DTYPE(BACKWARD) }
+static void gradient(Job& job) { BY_DTYPE(GRADIENT) }
+#undef BY_DTYPE
+#undef MOMENTS
+#undef FORWARD
+#undef SUMS
+#undef BACKWARD
+#undef GRADIENT

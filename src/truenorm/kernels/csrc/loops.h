@@ -1,0 +1,409 @@
+// The loops, for one instruction set; included after vectors.h in its namespace.
+//
+// Sums are of doubles in a fixed order: over a part of a channel, whose bounds depend on the shape
+// alone, then over the parts. So no result depends on the number of threads.
+
+constexpr int64_t PART = 1 << 16;   // values of a channel that are summed in one piece (planes)
+constexpr int64_t BLOCK = 1024;     // columns that are worked on together (rows)
+constexpr int64_t TILE = 512;       // values between which an activation is looked up
+constexpr int64_t GROUP = 4;        // rows that are added up before the sums are touched
+constexpr int64_t SMALL = 1 << 14;  // values that one thread handles sooner than it wakes others
+constexpr int64_t SAMPLES = 8;
+
+enum Mode { PLAIN, RELU, TILED };  // what stands behind the affine map; TILED looks it up
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class F>
+INLINE void each(const Job& job, int64_t count, bool small, F f) {
+  if (small || !job.parallel || job.threads == 1 || count == 1) {
+    f(int64_t(0), count);
+    return;
+  }
+  job.parallel(count, &f, [](int64_t first, int64_t last, void* context) {
+    (*(F*)context)(first, last);
+  });
+}
+
+template <class A, bool COLUMNS>
+INLINE vec<A> parameter(const A* p, int64_t i) {
+  if constexpr (COLUMNS) return load(p + i);
+  return spread(*p);
+}
+
+// (C,) arrays of a job in the type of its arithmetic, one entry a column where layout is rows.
+template <class A>
+struct Affine {
+  A *mean, *scale, *offset;  // z = (x - mean) * scale + offset
+  A *a, *b, *c;              // dx = a * dy + b * (x - mean) + c
+};
+
+// ---- one run: n values that lie side by side, of one channel or of n columns -----------------
+
+template <class T, Mode MODE, bool RESIDUAL, bool COLUMNS>
+INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8_t* mask, T* y,
+                      int64_t n, const wide<T>* mean, const wide<T>* scale,
+                      const wide<T>* offset) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>;
+  if constexpr (MODE == TILED) {
+    A tile[TILE];
+    for (int64_t at = 0; at < n; at += TILE) {
+      int64_t size = least(TILE, n - at);
+      int64_t to = COLUMNS ? at : 0;
+      for (int64_t i = 0; i < size; ++i) {
+        int64_t j = COLUMNS ? to + i : 0;
+        A z = (widen(x[at + i]) - mean[j]) * scale[j] + offset[j];
+        if constexpr (RESIDUAL) z += widen(residual[at + i]);
+        tile[i] = z;
+      }
+      activate(job.act, tile, size);
+      if (mask) {
+        for (int64_t i = 0; i < size; ++i) tile[i] = mask[at + i] ? tile[i] : A(0);
+      }
+      for (int64_t i = 0; i < size; ++i) y[at + i] = narrow<T>(tile[i]);
+    }
+    return;
+  }
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    vec<A> z = (load(x + i) - parameter<A, COLUMNS>(mean, i)) * parameter<A, COLUMNS>(scale, i) +
+               parameter<A, COLUMNS>(offset, i);
+    if constexpr (RESIDUAL) z += load(residual + i);
+    if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : z;  // NaN stays
+    store(y + i, z);
+  }
+  for (; i < n; ++i) {
+    int64_t j = COLUMNS ? i : 0;
+    A z = (widen(x[i]) - mean[j]) * scale[j] + offset[j];
+    if constexpr (RESIDUAL) z += widen(residual[i]);
+    if constexpr (MODE == RELU) z = z < 0 ? A(0) : z;
+    y[i] = narrow<T>(z);
+  }
+}
+
+// The gradient in front of the activation of n <= TILE values, for TILED.
+template <class T, bool COLUMNS>
+INLINE void gradient_tile(const Job& job, const T* x, const T* residual, const T* out,
+                          const uint8_t* mask, const T* dy, wide<T>* tile, int64_t n,
+                          const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+  typedef wide<T> A;
+  A z[TILE];
+  for (int64_t i = 0; i < n; ++i) tile[i] = widen(dy[i]);
+  if (out) {
+    for (int64_t i = 0; i < n; ++i) z[i] = widen(out[i]);
+    slope_by_output(job.act, z, tile, n);
+  } else if (job.act != Act::none) {
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t j = COLUMNS ? i : 0;
+      z[i] = (widen(x[i]) - mean[j]) * scale[j] + offset[j];
+      if (residual) z[i] += widen(residual[i]);
+    }
+    slope_by_input(job.act, z, tile, n);
+  }
+  if (mask) {
+    for (int64_t i = 0; i < n; ++i) tile[i] = mask[i] ? tile[i] : A(0);
+  }
+}
+
+// The gradient in front of a ReLU: by the output, if that is known, else by what went into it.
+template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
+INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i,
+                                const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+  typedef wide<T> A;
+  vec<A> g = load(dy + i);
+  if constexpr (MODE == RELU) {
+    vec<A> z;
+    if constexpr (OUTPUT) {
+      z = load(out + i);
+    } else {
+      z = (load(x + i) - parameter<A, COLUMNS>(mean, i)) * parameter<A, COLUMNS>(scale, i) +
+          parameter<A, COLUMNS>(offset, i);
+    }
+    g = z <= 0 ? vec<A>{} : g;  // as torch: where the output is NaN the gradient passes
+  }
+  return g;
+}
+template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
+INLINE wide<T> gradient_of_one(const T* x, const T* out, const T* dy, int64_t i,
+                               const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+  typedef wide<T> A;
+  A g = widen(dy[i]);
+  if constexpr (MODE == RELU) {
+    int64_t j = COLUMNS ? i : 0;
+    A z = OUTPUT ? widen(out[i]) : (widen(x[i]) - mean[j]) * scale[j] + offset[j];
+    g = z <= 0 ? A(0) : g;
+  }
+  return g;
+}
+
+template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
+INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T* out,
+                         const uint8_t* mask, const T* dy, T* dx, T* dresidual, int64_t n,
+                         const Affine<wide<T>>& p, int64_t at) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>;
+  const A *mean = p.mean + at, *scale = p.scale + at, *offset = p.offset + at;
+  const A *a = p.a + at, *b = p.b + at, *c = p.c + at;
+  if constexpr (MODE == TILED) {
+    A tile[TILE];
+    for (int64_t to = 0; to < n; to += TILE) {
+      int64_t size = least(TILE, n - to), k = COLUMNS ? to : 0;
+      gradient_tile<T, COLUMNS>(job, x + to, residual ? residual + to : nullptr,
+                                out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to,
+                                tile, size, mean + k, scale + k, offset + k);
+      for (int64_t i = 0; i < size; ++i) {
+        int64_t j = COLUMNS ? to + i : 0;
+        A value = a[j] * tile[i] + b[j] * (widen(x[to + i]) - mean[j]) + c[j];
+        if (mask && !mask[to + i]) value = 0;
+        if (dx) dx[to + i] = narrow<T>(value);
+        if (dresidual) dresidual[to + i] = narrow<T>(tile[i]);
+      }
+    }
+    return;
+  }
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, mean, scale, offset);
+    if (dresidual) store(dresidual + i, g);
+    vec<A> centred = load(x + i) - parameter<A, COLUMNS>(mean, i);
+    vec<A> value = parameter<A, COLUMNS>(a, i) * g +
+                   (parameter<A, COLUMNS>(b, i) * centred + parameter<A, COLUMNS>(c, i));
+    if (dx) store(dx + i, value);
+  }
+  for (; i < n; ++i) {
+    int64_t j = COLUMNS ? i : 0;
+    A g = gradient_of_one<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, mean, scale, offset);
+    if (dresidual) dresidual[i] = narrow<T>(g);
+    if (dx) dx[i] = narrow<T>(a[j] * g + (b[j] * (widen(x[i]) - mean[j]) + c[j]));
+  }
+}
+
+// ---- sums --------------------------------------------------------------------------------------
+
+struct Sums {
+  VD first[2] = {}, second[2] = {}, third[2] = {};
+  double first1 = 0, second1 = 0, third1 = 0;  // of what fills no vector
+};
+
+// Sums of x - shift and its square, of one run of a channel.
+template <class T>
+INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift, Sums& sums) {
+  VD by = spread(shift);
+  int64_t i = 0;
+  if (!mask && n >= 4 * LD) {
+    // In registers, four of each: an addition waits for the one before it.
+    VD s0 = sums.first[0], s1 = sums.first[1], s2{}, s3{};
+    VD q0 = sums.second[0], q1 = sums.second[1], q2{}, q3{};
+    for (; i + 4 * LD <= n; i += 4 * LD) {
+      VD d0 = load_double(x + i) - by, d1 = load_double(x + i + LD) - by;
+      VD d2 = load_double(x + i + 2 * LD) - by, d3 = load_double(x + i + 3 * LD) - by;
+      s0 += d0, s1 += d1, s2 += d2, s3 += d3;
+      q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+    }
+    sums.first[0] = s0 + s2, sums.first[1] = s1 + s3;
+    sums.second[0] = q0 + q2, sums.second[1] = q1 + q3;
+  }
+  for (; !mask && i + LD <= n; i += LD) {
+    VD d = load_double(x + i) - by;
+    sums.first[0] += d;
+    sums.second[0] += d * d;
+  }
+  for (; i < n; ++i) {
+    if (mask && !mask[i]) continue;
+    double d = double(widen(x[i])) - shift;
+    sums.first1 += d;
+    sums.second1 += d * d;
+  }
+}
+
+INLINE void add_gradient(VF g, VF d, Sums& sums) {
+  VD g0 = lower(g), g1 = upper(g), d0 = lower(d), d1 = upper(d);
+  sums.first[0] += g0;
+  sums.first[1] += g1;
+  sums.second[0] += g0 * d0;
+  sums.second[1] += g1 * d1;
+  sums.third[0] += d0;
+  sums.third[1] += d1;
+}
+INLINE void add_gradient(VD g, VD d, Sums& sums) {
+  sums.first[0] += g;
+  sums.second[0] += g * d;
+  sums.third[0] += d;
+}
+
+// Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean.
+template <class T, Mode MODE, bool OUTPUT>
+INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out,
+                     const uint8_t* mask, const T* dy, int64_t n, const wide<T>* mean,
+                     const wide<T>* scale, const wide<T>* offset, Sums& sums) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>;
+  if constexpr (MODE == TILED) {
+    A tile[TILE];
+    for (int64_t to = 0; to < n; to += TILE) {
+      int64_t size = least(TILE, n - to);
+      gradient_tile<T, false>(job, x + to, residual ? residual + to : nullptr,
+                              out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to, tile,
+                              size, mean, scale, offset);
+      for (int64_t i = 0; i < size; ++i) {
+        if (mask && !mask[to + i]) continue;
+        double g = tile[i], d = widen(x[to + i]) - *mean;
+        sums.first1 += g;
+        sums.second1 += g * d;
+        sums.third1 += d;
+      }
+    }
+    return;
+  }
+  int64_t i = 0;
+  Sums even = sums, odd;  // in registers
+  for (; i + 2 * L <= n; i += 2 * L) {
+    vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
+    add_gradient(g, load(x + i) - spread(*mean), even);
+    g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + L, mean, scale, offset);
+    add_gradient(g, load(x + i + L) - spread(*mean), odd);
+  }
+  for (; i + L <= n; i += L) {
+    vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
+    add_gradient(g, load(x + i) - spread(*mean), even);
+  }
+  for (int64_t k = 0; k < 2; ++k) {
+    sums.first[k] = even.first[k] + odd.first[k];
+    sums.second[k] = even.second[k] + odd.second[k];
+    sums.third[k] = even.third[k] + odd.third[k];
+  }
+  for (; i < n; ++i) {
+    double g = gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
+    double d = widen(x[i]) - *mean;
+    sums.first1 += g;
+    sums.second1 += g * d;
+    sums.third1 += d;
+  }
+}
+
+// Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
+template <class T>
+INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
+                         int64_t n, const double* shift, double* first, double* second) {
+  for (int64_t r = r0; r < r1;) {
+    if (mask && !mask[r]) {
+      ++r;
+      continue;
+    }
+    bool group = !mask && r + GROUP <= r1;
+    const T* row = x + r * stride;
+    int64_t i = 0;
+    if (group) {
+      for (; i + LD <= n; i += LD) {
+        VD by = load(shift + i), s = load(first + i), q = load(second + i);
+        for (int64_t k = 0; k < GROUP; ++k) {
+          VD d = load_double(row + k * stride + i) - by;
+          s += d;
+          q += d * d;
+        }
+        store(first + i, s);
+        store(second + i, q);
+      }
+      for (; i < n; ++i) {
+        for (int64_t k = 0; k < GROUP; ++k) {
+          double d = double(widen(row[k * stride + i])) - shift[i];
+          first[i] += d;
+          second[i] += d * d;
+        }
+      }
+      r += GROUP;
+      continue;
+    }
+    for (; i + LD <= n; i += LD) {
+      VD d = load_double(row + i) - load(shift + i);
+      store(first + i, load(first + i) + d);
+      store(second + i, load(second + i) + d * d);
+    }
+    for (; i < n; ++i) {
+      double d = double(widen(row[i])) - shift[i];
+      first[i] += d;
+      second[i] += d * d;
+    }
+    ++r;
+  }
+}
+
+template <int64_t ROWS, class T, Mode MODE, bool OUTPUT>
+INLINE void sums_of_rows(const T* x, const T* out, const T* dy, int64_t stride, int64_t n,
+                         const wide<T>* mean, const wide<T>* scale, const wide<T>* offset,
+                         double* first, double* second, double* third) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>, HALVES = L / LD;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    Sums sums;
+    for (int64_t h = 0; h < HALVES; ++h) {
+      sums.first[h] = load(first + i + h * LD);
+      sums.second[h] = load(second + i + h * LD);
+      sums.third[h] = load(third + i + h * LD);
+    }
+    for (int64_t k = 0; k < ROWS; ++k) {
+      int64_t to = k * stride;
+      const T* output = OUTPUT ? out + to : out;
+      vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + to, output, dy + to, i, mean, scale, offset);
+      add_gradient(g, load(x + to + i) - load(mean + i), sums);
+    }
+    for (int64_t h = 0; h < HALVES; ++h) {
+      store(first + i + h * LD, sums.first[h]);
+      store(second + i + h * LD, sums.second[h]);
+      store(third + i + h * LD, sums.third[h]);
+    }
+  }
+  for (; i < n; ++i) {
+    for (int64_t k = 0; k < ROWS; ++k) {
+      int64_t to = k * stride;
+      const T* output = OUTPUT ? out + to : out;
+      double g = gradient_of_one<T, MODE, OUTPUT, true>(x + to, output, dy + to, i, mean, scale,
+                                                        offset);
+      double d = widen(x[to + i]) - mean[i];
+      first[i] += g;
+      second[i] += g * d;
+      third[i] += d;
+    }
+  }
+}
+
+template <class T, Mode MODE, bool OUTPUT>
+INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* out, const T* dy,
+                      int64_t r0, int64_t r1, int64_t stride, int64_t n, const wide<T>* mean,
+                      const wide<T>* scale, const wide<T>* offset, double* first, double* second,
+                      double* third) {
+  typedef wide<T> A;
+  int64_t r = r0;
+  if constexpr (MODE == TILED) {
+    A tile[TILE];
+    for (; r < r1; ++r) {
+      if (job.mask && !job.mask[r]) continue;
+      for (int64_t to = 0; to < n; to += TILE) {
+        int64_t size = least(TILE, n - to), at = r * stride + to;
+        gradient_tile<T, true>(job, x + at, residual ? residual + at : nullptr,
+                               out ? out + at : nullptr, nullptr, dy + at, tile, size, mean + to,
+                               scale + to, offset + to);
+        for (int64_t i = 0; i < size; ++i) {
+          double g = tile[i], d = widen(x[at + i]) - mean[to + i];
+          first[to + i] += g;
+          second[to + i] += g * d;
+          third[to + i] += d;
+        }
+      }
+    }
+    return;
+  }
+  for (; r + 4 <= r1; r += 4) {
+    int64_t at = r * stride;
+    sums_of_rows<4, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
+                                     scale, offset, first, second, third);
+  }
+  for (; r < r1; ++r) {
+    int64_t at = r * stride;
+    sums_of_rows<1, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
+                                     scale, offset, first, second, third);
+  }
+}
