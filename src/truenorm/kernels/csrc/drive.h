@@ -78,7 +78,7 @@ struct Drive {
       sum += widen(x[(n * job.C + c) * job.S + s]);
     }
     sum /= SAMPLES;
-    shift[c] = sum - sum == 0 ? sum : 0;
+    shift[c] = sum - sum == 0 ? double(A(sum)) : 0;
   }
 
   // The parts of channel c as one: job.mean and job.var.
@@ -91,13 +91,11 @@ struct Drive {
     double count = double(job.count), off = s / count, var = q / count - off * off;
     job.mean[c] = shift[c] + off;
     job.var[c] = var > 0 || var != var ? var : 0;
-    // What cancelled between q and off matters: float64 values far from the shift.
-    double limit = sizeof(T) == 8 ? 16 : 1e6;
-    if (off * off <= limit * job.var[c]) return true;
+    // What cancelled between q and off is lost.
+    if (off * off <= 16 * job.var[c] && var - var == 0) return true;
     double to = job.mean[c];
-    if (to - to != 0 || to == shift[c]) return true;
-    shift[c] = to;
-    return false;
+    if (to - to == 0) shift[c] = to;
+    return off == 0 && var == 0;
   }
 
   INLINE void prepare(int64_t c) {
@@ -152,11 +150,12 @@ struct Drive {
 
   // ---- pieces, of planes and of rows
 
+  template <bool EXACT>
   INLINE void moments_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
       Sums sums;
       runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
-        moments_run(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block], sums);
+        moments_run<T, EXACT>(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block], sums);
       });
       first[part * job.C + block] = total(sums.first[0] + sums.first[1]) + sums.first1;
       second[part * job.C + block] = total(sums.second[0] + sums.second[1]) + sums.second1;
@@ -164,10 +163,16 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
-    double by[BLOCK], s[BLOCK] = {}, q[BLOCK] = {};
-    for (int64_t i = 0; i < n; ++i) by[i] = shift[c0 + i / S];
+    double by[BLOCK], s[BLOCK], q[BLOCK];
+    float by32[BLOCK];
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t i = (c - c0) * S; i < (c - c0 + 1) * S; ++i) {
+        s[i] = q[i] = 0;
+        by32[i] = float(by[i] = shift[c]);
+      }
+    }
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    moments_rows(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, s, q);
+    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, s, q);
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
   }
@@ -319,10 +324,10 @@ struct Drive {
 
   NOINLINE void find_moments(int64_t block) {
     for (int64_t c = begin(block); c < end(block); ++c) choose_shift(c);
-    for (int64_t p = 0; p < pieces.parts; ++p) moments_piece(block, p);
-    if (joined(block)) return;
-    for (int64_t p = 0; p < pieces.parts; ++p) moments_piece(block, p);
-    joined(block);
+    for (int64_t p = 0; p < pieces.parts; ++p) moments_one<AT_ONCE>(block, p);
+    for (int64_t tries = 0; !joined(block) && tries < 2; ++tries) {
+      for (int64_t p = 0; p < pieces.parts; ++p) moments_one<true>(block, p);
+    }
   }
   INLINE bool joined(int64_t block) {
     bool good = true;
@@ -340,14 +345,20 @@ struct Drive {
       return;
     }
     for (int64_t c = 0; c < job.C; ++c) choose_shift(c);
+    each_piece([&](int64_t block, int64_t part) { moments_one<AT_ONCE>(block, part); });
     for (int64_t tries = 0; tries < 2; ++tries) {
-      each_piece([&](int64_t block, int64_t part) { moments_one(block, part); });
       bool good = true;
       for (int64_t block = 0; block < pieces.blocks; ++block) good &= joined(block);
       if (good) return;
+      each_piece([&](int64_t block, int64_t part) { moments_one<true>(block, part); });
     }
+    for (int64_t block = 0; block < pieces.blocks; ++block) joined(block);
   }
-  NOINLINE void moments_one(int64_t block, int64_t part) { moments_piece(block, part); }
+  static constexpr bool AT_ONCE = sizeof(T) == 8;  // float64 values are summed exactly at once
+  template <bool EXACT>
+  NOINLINE void moments_one(int64_t block, int64_t part) {
+    moments_piece<EXACT>(block, part);
+  }
 
   template <Mode MODE, bool RESIDUAL>
   NOINLINE void apply_one(int64_t block, int64_t part) {

@@ -1,14 +1,23 @@
 // The loops, for one instruction set; included after vectors.h in its namespace.
 //
-// Sums are of doubles in a fixed order: over a part of a channel, whose bounds depend on the shape
-// alone, then over the parts. So no result depends on the number of threads.
+// Sums are taken in a fixed order: over a part of a channel, whose bounds depend on the shape alone,
+// then over the parts. So no result depends on the number of threads. Eight values at most are
+// added in float32, the rest in float64: what the eight lose, 2^-24 of themselves at random signs,
+// vanishes among the many eights. Where squares overflow, or the shift was far from the mean, all
+// is done again in float64.
 
 constexpr int64_t PART = 1 << 16;   // values of a channel that are summed in one piece (planes)
 constexpr int64_t BLOCK = 1024;     // columns that are worked on together (rows)
 constexpr int64_t TILE = 512;       // values between which an activation is looked up
+constexpr int64_t CHAIN = 8;        // vectors that are added up before they are widened
 constexpr int64_t GROUP = 4;        // rows that are added up before the sums are touched
 constexpr int64_t SMALL = 1 << 14;  // values that one thread handles sooner than it wakes others
 constexpr int64_t SAMPLES = 8;
+
+template <int64_t N>
+struct Count {
+  static constexpr int64_t value = N;
+};
 
 enum Mode { PLAIN, RELU, TILED };  // what stands behind the affine map; TILED looks it up
 
@@ -187,11 +196,39 @@ struct Sums {
   double first1 = 0, second1 = 0, third1 = 0;  // of what fills no vector
 };
 
+INLINE void widen_into(VD* sums, VF v) {
+  sums[0] += lower(v);
+  sums[1] += upper(v);
+}
+INLINE void widen_into(VD* sums, VD v) { sums[0] += v; }
+
+// `count` vectors of x - shift, and their squares, added up.
+template <int64_t count, class T>
+INLINE void moments_chain(const T* x, VF by, Sums& sums) {
+  VF s{}, q{};
+  for (int64_t k = 0; k < count; ++k) {
+    VF d = load(x + k * LF) - by;
+    s += d;
+    q += d * d;
+  }
+  widen_into(sums.first, s);
+  widen_into(sums.second, q);
+}
+
 // Sums of x - shift and its square, of one run of a channel.
-template <class T>
+template <class T, bool EXACT>
 INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift, Sums& sums) {
-  VD by = spread(shift);
   int64_t i = 0;
+  if constexpr (!EXACT) {
+    if (!mask) {
+      VF by = spread(float(shift));
+      Sums own = sums;
+      for (; i + CHAIN * LF <= n; i += CHAIN * LF) moments_chain<CHAIN>(x + i, by, own);
+      for (; i + LF <= n; i += LF) moments_chain<1>(x + i, by, own);
+      sums = own;
+    }
+  }
+  VD by = spread(shift);
   if (!mask && n >= 4 * LD) {
     // In registers, four of each: an addition waits for the one before it.
     VD s0 = sums.first[0], s1 = sums.first[1], s2{}, s3{};
@@ -216,21 +253,6 @@ INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift
     sums.first1 += d;
     sums.second1 += d * d;
   }
-}
-
-INLINE void add_gradient(VF g, VF d, Sums& sums) {
-  VD g0 = lower(g), g1 = upper(g), d0 = lower(d), d1 = upper(d);
-  sums.first[0] += g0;
-  sums.first[1] += g1;
-  sums.second[0] += g0 * d0;
-  sums.second[1] += g1 * d1;
-  sums.third[0] += d0;
-  sums.third[1] += d1;
-}
-INLINE void add_gradient(VD g, VD d, Sums& sums) {
-  sums.first[0] += g;
-  sums.second[0] += g * d;
-  sums.third[0] += d;
 }
 
 // Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean.
@@ -258,21 +280,23 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
     return;
   }
   int64_t i = 0;
-  Sums even = sums, odd;  // in registers
-  for (; i + 2 * L <= n; i += 2 * L) {
-    vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
-    add_gradient(g, load(x + i) - spread(*mean), even);
-    g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + L, mean, scale, offset);
-    add_gradient(g, load(x + i + L) - spread(*mean), odd);
-  }
-  for (; i + L <= n; i += L) {
-    vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
-    add_gradient(g, load(x + i) - spread(*mean), even);
-  }
+  Sums own = sums;  // in registers
+  auto chain = [&](auto count) INLINE_LAMBDA {
+    vec<A> s{}, q{}, t{};
+    for (int64_t k = 0; k < decltype(count)::value; ++k) {
+      vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + k * L, mean, scale, offset);
+      vec<A> d = load(x + i + k * L) - spread(*mean);
+      s += g, q += g * d, t += d;
+    }
+    widen_into(own.first, s);
+    widen_into(own.second, q);
+    widen_into(own.third, t);
+  };
+  constexpr int64_t count = sizeof(A) == 8 ? 2 : CHAIN;
+  for (; i + count * L <= n; i += count * L) chain(Count<count>{});
+  for (; i + L <= n; i += L) chain(Count<1>{});
   for (int64_t k = 0; k < 2; ++k) {
-    sums.first[k] = even.first[k] + odd.first[k];
-    sums.second[k] = even.second[k] + odd.second[k];
-    sums.third[k] = even.third[k] + odd.third[k];
+    sums.first[k] = own.first[k], sums.second[k] = own.second[k], sums.third[k] = own.third[k];
   }
   for (; i < n; ++i) {
     double g = gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
@@ -284,47 +308,57 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
 }
 
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
-template <class T>
-INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
-                         int64_t n, const double* shift, double* first, double* second) {
-  for (int64_t r = r0; r < r1;) {
-    if (mask && !mask[r]) {
-      ++r;
-      continue;
+template <int64_t ROWS, class T, bool EXACT>
+INLINE void moments_of_rows(const T* x, int64_t stride, int64_t n, const double* shift,
+                            const float* shift32, double* first, double* second) {
+  int64_t i = 0;
+  if constexpr (!EXACT) {
+    for (; i + LF <= n; i += LF) {
+      VF by = load(shift32 + i), s{}, q{};
+      for (int64_t k = 0; k < ROWS; ++k) {
+        VF d = load(x + k * stride + i) - by;
+        s += d;
+        q += d * d;
+      }
+      store(first + i, load(first + i) + lower(s));
+      store(first + i + LD, load(first + i + LD) + upper(s));
+      store(second + i, load(second + i) + lower(q));
+      store(second + i + LD, load(second + i + LD) + upper(q));
     }
-    bool group = !mask && r + GROUP <= r1;
+  } else {
+    for (; i + LD <= n; i += LD) {
+      VD by = load(shift + i), s = load(first + i), q = load(second + i);
+      for (int64_t k = 0; k < ROWS; ++k) {
+        VD d = load_double(x + k * stride + i) - by;
+        s += d;
+        q += d * d;
+      }
+      store(first + i, s);
+      store(second + i, q);
+    }
+  }
+  for (; i < n; ++i) {
+    for (int64_t k = 0; k < ROWS; ++k) {
+      double d = double(widen(x[k * stride + i])) - shift[i];
+      first[i] += d;
+      second[i] += d * d;
+    }
+  }
+}
+
+template <class T, bool EXACT>
+INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
+                         int64_t n, const double* shift, const float* shift32, double* first,
+                         double* second) {
+  for (int64_t r = r0; r < r1;) {
     const T* row = x + r * stride;
-    int64_t i = 0;
-    if (group) {
-      for (; i + LD <= n; i += LD) {
-        VD by = load(shift + i), s = load(first + i), q = load(second + i);
-        for (int64_t k = 0; k < GROUP; ++k) {
-          VD d = load_double(row + k * stride + i) - by;
-          s += d;
-          q += d * d;
-        }
-        store(first + i, s);
-        store(second + i, q);
-      }
-      for (; i < n; ++i) {
-        for (int64_t k = 0; k < GROUP; ++k) {
-          double d = double(widen(row[k * stride + i])) - shift[i];
-          first[i] += d;
-          second[i] += d * d;
-        }
-      }
+    if (!mask && r + GROUP <= r1) {
+      moments_of_rows<GROUP, T, EXACT>(row, stride, n, shift, shift32, first, second);
       r += GROUP;
       continue;
     }
-    for (; i + LD <= n; i += LD) {
-      VD d = load_double(row + i) - load(shift + i);
-      store(first + i, load(first + i) + d);
-      store(second + i, load(second + i) + d * d);
-    }
-    for (; i < n; ++i) {
-      double d = double(widen(row[i])) - shift[i];
-      first[i] += d;
-      second[i] += d * d;
+    if (!mask || mask[r]) {
+      moments_of_rows<1, T, EXACT>(row, stride, n, shift, shift32, first, second);
     }
     ++r;
   }
@@ -335,26 +369,26 @@ INLINE void sums_of_rows(const T* x, const T* out, const T* dy, int64_t stride, 
                          const wide<T>* mean, const wide<T>* scale, const wide<T>* offset,
                          double* first, double* second, double* third) {
   typedef wide<T> A;
-  constexpr int64_t L = lanes<A>, HALVES = L / LD;
+  constexpr int64_t L = lanes<A>;
+  auto add = [](double* to, vec<A> v) INLINE_LAMBDA {
+    VD sums[2] = {load(to), L > LD ? load(to + L - LD) : VD{}};
+    widen_into(sums, v);
+    store(to, sums[0]);
+    if (L > LD) store(to + L - LD, sums[1]);
+  };
   int64_t i = 0;
   for (; i + L <= n; i += L) {
-    Sums sums;
-    for (int64_t h = 0; h < HALVES; ++h) {
-      sums.first[h] = load(first + i + h * LD);
-      sums.second[h] = load(second + i + h * LD);
-      sums.third[h] = load(third + i + h * LD);
-    }
+    vec<A> s{}, q{}, t{}, at = load(mean + i);
     for (int64_t k = 0; k < ROWS; ++k) {
       int64_t to = k * stride;
       const T* output = OUTPUT ? out + to : out;
       vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + to, output, dy + to, i, mean, scale, offset);
-      add_gradient(g, load(x + to + i) - load(mean + i), sums);
+      vec<A> d = load(x + to + i) - at;
+      s += g, q += g * d, t += d;
     }
-    for (int64_t h = 0; h < HALVES; ++h) {
-      store(first + i + h * LD, sums.first[h]);
-      store(second + i + h * LD, sums.second[h]);
-      store(third + i + h * LD, sums.third[h]);
-    }
+    add(first + i, s);
+    add(second + i, q);
+    add(third + i, t);
   }
   for (; i < n; ++i) {
     for (int64_t k = 0; k < ROWS; ++k) {
@@ -396,9 +430,9 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     }
     return;
   }
-  for (; r + 4 <= r1; r += 4) {
+  for (; r + GROUP <= r1; r += GROUP) {
     int64_t at = r * stride;
-    sums_of_rows<4, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
+    sums_of_rows<GROUP, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
                                      scale, offset, first, second, third);
   }
   for (; r < r1; ++r) {
