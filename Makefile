@@ -46,14 +46,20 @@ recipes: .venv/ready-dev
 wheel: .venv/ready-dev
 	$(BIN)/python -m build
 
-.venv/ready: pyproject.toml constraints.txt
+KERNELS := setup.py src/truenorm/kernels/build.py $(wildcard src/truenorm/kernels/csrc/*)
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# The kernels are compiled against the torch that is pinned, so that has to be there first.
+.venv/ready: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) torch "setuptools>=77"
+	$(INSTALL) --no-build-isolation --editable .
+	@$(BIN)/python -c "from truenorm.kernels.ops import notice; notice()"
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(INSTALL) --no-build-isolation --editable ".[dev,bench]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs src/truenorm/kernels/*.abi3.so

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from truenorm.folding.export import load_program as load_program
     from truenorm.folding.fold import Folded as Folded
     from truenorm.folding.fold import fold as fold
+    from truenorm.kernels.ops import accelerate as accelerate
     from truenorm.layers.batch_norm import BatchNorm as BatchNorm
     from truenorm.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from truenorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
@@ -118,6 +119,7 @@ _HOMES = {
     "Study": "studies.study",
     "StudyPlan": "studies.plan",
     "TrainConfig": "training.config",
+    "accelerate": "kernels.ops",
     "assert_frozen": "layers.conversion",
     "assert_healthy": "doctor.diagnosis",
     "attach": "layers.transaction",

@@ -17,6 +17,7 @@ OptimizerName = Literal["adam", "adamw", "sgd"]
 Amp = Literal["auto", "off", "bf16"]
 Augment = Literal["none", "light"]
 ClassWeight = Literal["none", "balanced"]
+KernelChoice = Literal["auto", "torch"]
 Recipe = Literal["default", "classic"]
 RECIPES: tuple[str, ...] = get_args(Recipe)
 
@@ -58,6 +59,9 @@ class TrainConfig:
     amp: Amp = option("off", "bf16 autocast; auto: where the hardware multiplies bf16.")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
     threads: int | None = option(None, "CPU threads; by default torch's own choice.")
+    kernels: KernelChoice = option(
+        "auto", "Batch norm on a CPU: auto, TrueNorm's kernels where compiled; torch, torch's own."
+    )
     seed: int = option(0, "Seeds initial weights, split, order, dropout and augmentation.")
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class TrainConfig:
         choose("schedule", self.schedule, get_args(Schedule))
         choose("amp", self.amp, get_args(Amp))
         choose("augment", self.augment, get_args(Augment))
+        choose("kernels", self.kernels, get_args(KernelChoice))
         choose("class_weight", self.class_weight, get_args(ClassWeight))
         for name in ("epochs", "batch_size", "patience", "accumulate"):
             self._need(name, "must be an integer of at least 1", _whole(getattr(self, name), 1))
@@ -87,7 +92,7 @@ class TrainConfig:
 
         Digests over configs that older versions stored stay as they were.
         """
-        later = {"augment": "none", "class_weight": "none"}
+        later = {"augment": "none", "class_weight": "none", "kernels": "auto"}
         fields = dataclasses.asdict(self)
         return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 

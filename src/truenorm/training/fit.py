@@ -17,6 +17,7 @@ from truenorm.calling.call import Arguments, Loss, model_device
 from truenorm.cores import share_cores
 from truenorm.data.datasets import Splits
 from truenorm.errors import InputError, one_line
+from truenorm.kernels.ops import use
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
 from truenorm.training.evaluate import AnyBatch, class_logits, logits_in, own_loss
@@ -111,6 +112,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=generators))
         stack.enter_context(threads(config.threads))
+        stack.enter_context(use(config.kernels))
         stack.enter_context(share_cores())
         model.to(device)
         feed = feed_of(data, valid, config, model, arguments)

@@ -16,6 +16,7 @@ from truenorm.data.datasets import Splits
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.factories import is_factory
+from truenorm.kernels.ops import use
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
 from truenorm.training.devices import device_of, threads
@@ -59,7 +60,7 @@ class Job:
         spec, splits = self.request.spec, self.splits
         assert spec is not None, "only Python callers train modules without a spec"
         config = self.request.train
-        with threads(config.threads):
+        with threads(config.threads), use(config.kernels):
             model = build(spec, splits.input_shape, len(splits.classes), seed=config.seed)
             history = self._fit(model, observe)
             judgement = judge(model, splits) if history.best_epoch else None

@@ -230,65 +230,60 @@ void batch_norm_backward(StableIValue* stack, uint64_t inputs, uint64_t outputs)
 
 TorchLibraryHandle for_torch = nullptr, for_truenorm = nullptr;
 
+void put(TorchLibraryHandle to, const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
+  TORCH(torch_library_impl(to, name, kernel, TORCH_ABI_VERSION));
+}
+
 TorchLibraryHandle library() {
   TorchLibraryHandle out;
   TORCH(aoti_torch_library_init_impl("aten", "CPU", __FILE__, __LINE__, &out));
   return out;
 }
 
-// The value kept of the last call, told to Python as an error: exceptions do not cross C.
-std::string last_error;
-
-template <class F>
-int guarded(F f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return 1;
+// take_over(bool torch_too) -> (): the operators that TrueNorm's layers call, for good, and those of
+// torch.nn's.
+void take_over(StableIValue* stack, uint64_t, uint64_t) {
+  bool torch_too = flag(stack[0]);
+  if (!for_truenorm) {
+    for_truenorm = library();
+    put(for_truenorm, "_batch_norm_with_update", batch_norm_with_update);
+    put(for_truenorm, "batch_norm_backward", batch_norm_backward);
   }
+  if (torch_too && !for_torch) {
+    for_torch = library();
+    put(for_torch, "native_batch_norm", native_batch_norm);
+    put(for_torch, "native_batch_norm_backward", native_batch_norm_backward);
+  }
+}
+
+// give_back() -> (): torch.nn's batch norm on torch's own kernels again.
+void give_back(StableIValue*, uint64_t, uint64_t) {
+  if (for_torch) TORCH(aoti_torch_delete_library_object(for_torch));
+  for_torch = nullptr;
 }
 
 }  // namespace
 }  // namespace truenorm
 
-using namespace truenorm;
-
-extern "C" {
-
-// Take the kernels of an instruction set, or the best that runs here; null if there are none.
-__attribute__((visibility("default"))) const char* truenorm_use(const char* name) {
+// Take the kernels of an instruction set, or the best that runs here, and define the operators;
+// null if there are none. The first thing that is called, and the only one by name.
+extern "C" __attribute__((visibility("default"))) const char* truenorm_begin(const char* name) {
+  using namespace truenorm;
   const Kernels* found = find_kernels(name);
   if (!found) return nullptr;
   kernels = found;
+  static TorchLibraryHandle own = nullptr;
+  if (!own) {
+    bool failed = aoti_torch_library_init_fragment("truenorm", __FILE__, __LINE__, &own) ||
+                  aoti_torch_library_def(own, "take_over(bool torch_too) -> ()") ||
+                  aoti_torch_library_def(own, "give_back() -> ()");
+    TorchLibraryHandle impl = nullptr;
+    failed = failed ||
+             aoti_torch_library_init_impl("truenorm", "CompositeExplicitAutograd", __FILE__,
+                                          __LINE__, &impl) ||
+             torch_library_impl(impl, "take_over", take_over, TORCH_ABI_VERSION) ||
+             torch_library_impl(impl, "give_back", give_back, TORCH_ABI_VERSION);
+    if (failed) return nullptr;
+  }
   return kernels->name;
-}
-
-// The operators that TrueNorm's layers call, for the rest of the process.
-__attribute__((visibility("default"))) int truenorm_register() {
-  return guarded([] {
-    if (for_truenorm) return;
-    for_truenorm = library();
-    TORCH(torch_library_impl(for_truenorm, "_batch_norm_with_update", batch_norm_with_update, TORCH_ABI_VERSION));
-    TORCH(torch_library_impl(for_truenorm, "batch_norm_backward", batch_norm_backward, TORCH_ABI_VERSION));
-  });
-}
-
-// torch.nn's batch norm on these kernels, or on torch's own again.
-__attribute__((visibility("default"))) int truenorm_accelerate(int on) {
-  return guarded([on] {
-    if (on && !for_torch) {
-      for_torch = library();
-      TORCH(torch_library_impl(for_torch, "native_batch_norm", native_batch_norm, TORCH_ABI_VERSION));
-      TORCH(torch_library_impl(for_torch, "native_batch_norm_backward", native_batch_norm_backward,
-                               TORCH_ABI_VERSION));
-    } else if (!on && for_torch) {
-      TORCH(aoti_torch_delete_library_object(for_torch));
-      for_torch = nullptr;
-    }
-  });
-}
-
-__attribute__((visibility("default"))) const char* truenorm_error() { return last_error.c_str(); }
 }

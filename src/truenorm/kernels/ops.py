@@ -1,0 +1,211 @@
+"""The compiled kernels: whether they are live, and torch's batch norm on them.
+
+The library holds kernels for several instruction sets and takes the best that this processor
+runs. It replaces, for tensors on a CPU and in eager mode, what stands behind two pairs of torch's
+operators, whose nodes of autograd stay torch's own:
+
+- ``_batch_norm_with_update`` and ``batch_norm_backward``, which nothing in torch calls in eager
+  mode and TrueNorm's layers do;
+- ``native_batch_norm`` and ``native_batch_norm_backward``, behind ``torch.nn``'s layers and
+  ``torch.nn.functional.batch_norm``, between :func:`accelerate` and its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from truenorm.errors import InputError
+from truenorm.kernels.build import LIBRARY
+
+VARIABLE = "TRUENORM_KERNELS"
+"""The variable of the environment: "auto", "torch", or the name of an instruction set."""
+
+
+class Kernels(NamedTuple):
+    """What computes batch norm in this process.
+
+    Attributes:
+        live: whether the compiled kernels do.
+        instructions: the instruction set they are compiled for, "" without.
+        reason: why they do not, "" where they do.
+    """
+
+    live: bool
+    instructions: str
+    reason: str
+
+
+_with_update = torch.ops.aten._batch_norm_with_update.default._op  # past what eager mode skips
+
+
+def batch_norm(
+    x: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, bool]:
+    """Batch norm in training, with torch's own node of autograd; needs live kernels.
+
+    Args:
+        x: (N, C, *S) on a CPU, of any layout and floating dtype, with a value a channel at least.
+        affine: weight and bias, (C,), or None for 1 and 0.
+        running: mean and variance, (C,); moved, but by a batch that is not finite.
+        momentum: weight of the new value.
+        eps: added to the variance.
+
+    Returns:
+        The output, of shape and dtype of ``x``, and whether the batch was finite.
+    """
+    # Past autograd's count of versions: the node holds them, and a second forward moves them.
+    mean, var = running[0].data, running[1].data
+    out, _, _, told = _with_update(x, *affine, mean, var, momentum, eps)
+    return out, told.numel() == 0
+
+
+@cache
+def kernels() -> Kernels:
+    """Load the kernels, once in a process.
+
+    Raises:
+        InputError: the variable ``TRUENORM_KERNELS`` names none that there are.
+    """
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted == "torch":
+        return Kernels(False, "", f"{VARIABLE}=torch")
+    if not LIBRARY.exists():
+        return Kernels(
+            False, "", "they were not compiled; python -m truenorm.kernels.build compiles them"
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return Kernels(False, "", f"they do not load beside torch {torch.__version__}: {error}")
+    library.truenorm_begin.restype = ctypes.c_char_p
+    name = library.truenorm_begin(b"" if wanted == "auto" else wanted.encode())
+    if name is None:
+        raise InputError(
+            f"{VARIABLE} must be auto, torch, or an instruction set that this processor runs "
+            f"(x86-64-v4, x86-64-v3, baseline), got {wanted!r}; unset it to take the best."
+        )
+    _take_over(torch_too=False)
+    return Kernels(True, name.decode(), "")
+
+
+def notice() -> None:
+    """Print one line if the kernels are not live; a build ends with it."""
+    found = kernels()
+    if not found.live:
+        print(f"Batch norm runs on torch's own kernels: {found.reason}.")
+
+
+_torch_alone = 0  # how many want torch's own
+
+
+def live() -> bool:
+    """Whether the compiled kernels compute the batch norm of TrueNorm's layers now."""
+    return not _torch_alone and kernels().live
+
+
+@contextlib.contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Let the body run on the kernels, torch's layers too ("auto"), or on torch's own ("torch")."""
+    global _torch_alone  # noqa: PLW0603
+    if choice == "auto":
+        with accelerate():
+            yield
+        return
+    _torch_alone += 1
+    try:
+        yield
+    finally:
+        _torch_alone -= 1
+
+
+def _take_over(*, torch_too: bool) -> None:
+    """Put the kernels in the place of torch's, which is wanted and no reason for a warning.
+
+    torch warns of it from C++, past Python, but for what runs within certain functions of its
+    own, of which ``apply_`` is one that calls back.
+    """
+
+    def call(value: float) -> float:
+        torch.ops.truenorm.take_over(torch_too)
+        return value
+
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call)
+
+
+class _Users:
+    """How many want torch's layers accelerated; the first begins it and the last ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                _take_over(torch_too=True)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                torch.ops.truenorm.give_back()
+
+
+_USERS = _Users()
+
+
+class accelerate:  # called like a function, used like one
+    """Run ``torch.nn``'s batch norms, in the whole process, on TrueNorm's kernels.
+
+    One line at the top of a script is enough; in a ``with`` statement it ends with the body, and
+    :meth:`undo` gives torch's kernels back at any time. Results are torch's to rounding, and do
+    not depend on the number of threads. It concerns tensors on a CPU, in eager mode: what is
+    compiled or exported stays as it is, as do other devices. Where the kernels are not there
+    nothing changes; ``live`` and ``reason`` say so.
+
+    Attributes:
+        live: whether the kernels run.
+        reason: why they do not, "" where they do.
+    """
+
+    def __init__(self) -> None:
+        found = kernels()
+        self.live, self.reason = found.live, found.reason
+        self._users: _Users | None = _USERS if found.live else None
+        if self._users is not None:
+            self._users.enter()
+
+    def undo(self) -> None:
+        """Give torch's kernels back, unless another call of ``accelerate`` still holds them."""
+        users, self._users, self.live = self._users, None, False
+        if users is not None:
+            users.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
