@@ -70,8 +70,22 @@ def batch_norm(
     """
     # Past autograd's count of versions: the node holds them, and a second forward moves them.
     mean, var = running[0].data, running[1].data
-    out, _, _, told = _with_update(x, *affine, mean, var, momentum, eps)
+    weight, bias = affine
+    if weight is None:  # which the operator's gradient cannot be
+        weight = torch.ones_like(mean if bias is None else bias, requires_grad=False)
+    out, _, _, told = _with_update(x, weight, bias, mean, var, momentum, eps)
     return out, told.numel() == 0
+
+
+def with_moments(
+    x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`batch_norm`: the output, and the batch's mean and biased variance, (C,)."""
+    count = x.numel() // x.shape[1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = torch.full((2, x.shape[1]), torch.nan, dtype=dtype, device="cpu")
+    out, _ = batch_norm(x, affine, (mean, var), 1.0, eps)
+    return out, mean, var * ((count - 1) / count)
 
 
 @cache

@@ -69,7 +69,8 @@ void track(const Tensor& running, const double* batch, int64_t size, double mome
   std::vector<double> now;
   read(running, size, now);
   for (int64_t i = 0; i < size; ++i) {
-    now[i] = momentum * (batch[i] * factor) + (1 - momentum) * now[i];
+    double new_value = momentum * (batch[i] * factor);
+    now[i] = momentum == 1 ? new_value : new_value + (1 - momentum) * now[i];
   }
   write(now.data(), size, running);
 }
