@@ -55,6 +55,7 @@ def equal(a, b):
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.usefixtures("same_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
 def test_there_and_back_changes_no_bit(dtype, training):
@@ -84,6 +85,7 @@ def test_there_and_back_changes_no_bit(dtype, training):
     assert before.keys() == after.keys()
 
 
+@pytest.mark.usefixtures("same_kernels")
 def test_the_layer_without_statistics_goes_the_same_way():
     model = net()[5:]
     expected = outcome(model, X)

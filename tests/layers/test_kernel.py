@@ -330,6 +330,7 @@ def test_a_large_running_mean_costs_the_output_nothing(shape, options, layout):
     assert_close(given.grad.double(), reached * slope, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("same_kernels")
 def test_without_options_evaluation_is_torchs_to_the_bit():
     layer, theirs = tn.BatchNorm1d(3), nn.BatchNorm1d(3)
     x = normal(40, 3) * 2 + 1

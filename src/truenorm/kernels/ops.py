@@ -106,14 +106,14 @@ def kernels() -> Kernels:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return Kernels(False, "", f"they do not load beside torch {torch.__version__}: {error}")
-    library.truenorm_begin.restype = ctypes.c_char_p
-    name = library.truenorm_begin(b"" if wanted == "auto" else wanted.encode())
+    library.truenorm_use.restype = ctypes.c_char_p
+    name = library.truenorm_use(b"" if wanted == "auto" else wanted.encode())
     if name is None:
         raise InputError(
             f"{VARIABLE} must be auto, torch, or an instruction set that this processor runs "
             f"(x86-64-v4, x86-64-v3, baseline), got {wanted!r}; unset it to take the best."
         )
-    _take_over(torch_too=False)
+    _take_over(library, torch_too=False)
     return Kernels(True, name.decode(), "")
 
 
@@ -147,7 +147,7 @@ def use(choice: str) -> Iterator[None]:
         _torch_alone -= 1
 
 
-def _take_over(*, torch_too: bool) -> None:
+def _take_over(library: ctypes.CDLL, *, torch_too: bool) -> None:
     """Put the kernels in the place of torch's, which is wanted and no reason for a warning.
 
     torch warns of it from C++, past Python, but for what runs within certain functions of its
@@ -155,12 +155,13 @@ def _take_over(*, torch_too: bool) -> None:
     """
 
     def call(value: float) -> float:
-        torch.ops.truenorm.take_over(torch_too)
-        return value
+        return float(library.truenorm_take_over(torch_too))
 
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call)
+        failed = torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call)
+    if failed:
+        raise RuntimeError("torch refused the kernels")
 
 
 class _Users:
@@ -174,13 +175,13 @@ class _Users:
         with self._lock:
             self._count += 1
             if self._count == 1:
-                _take_over(torch_too=True)
+                _take_over(ctypes.CDLL(str(LIBRARY)), torch_too=True)
 
     def leave(self) -> None:
         with self._lock:
             self._count -= 1
             if not self._count:
-                torch.ops.truenorm.give_back()
+                ctypes.CDLL(str(LIBRARY)).truenorm_give_back()
 
 
 _USERS = _Users()

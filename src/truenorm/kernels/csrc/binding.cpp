@@ -86,7 +86,6 @@ Forward forward(const Tensor& given, const Tensor& weight, const Tensor& bias,
                 double momentum, double eps, bool guard) {
   Tensor copy;
   Order order = order_of(given);
-  if (order == Order::other) order = Order::contiguous;
   const Tensor& x = in_order(given, order, given, copy);
   Job job = job_of(x, order);
   int64_t C = job.C;
@@ -135,7 +134,6 @@ Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight
                    Wanted wanted) {
   Tensor copy, copied_grad;
   Order order = order_of(given);
-  if (order == Order::other) order = Order::contiguous;
   const Tensor& x = in_order(given, order, given, copy);
   const Tensor& dy = in_order(grad, order, x, copied_grad);
   Job job = job_of(x, order);
@@ -241,10 +239,24 @@ TorchLibraryHandle library() {
   return out;
 }
 
-// take_over(bool torch_too) -> (): the operators that TrueNorm's layers call, for good, and those of
-// torch.nn's.
-void take_over(StableIValue* stack, uint64_t, uint64_t) {
-  bool torch_too = flag(stack[0]);
+}  // namespace
+}  // namespace truenorm
+
+// Called from Python by name; an error is told as 1, since no exception crosses C.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Take the kernels of an instruction set, or the best that runs here; null if there are none.
+EXPORT const char* truenorm_use(const char* name) {
+  using namespace truenorm;
+  const Kernels* found = find_kernels(name);
+  if (!found) return nullptr;
+  kernels = found;
+  return kernels->name;
+}
+
+// Stand behind the operators that TrueNorm's layers call, for good, and behind those of torch.nn's.
+EXPORT int truenorm_take_over(int torch_too) try {
+  using namespace truenorm;
   if (!for_truenorm) {
     for_truenorm = library();
     put(for_truenorm, "_batch_norm_with_update", batch_norm_with_update);
@@ -255,36 +267,15 @@ void take_over(StableIValue* stack, uint64_t, uint64_t) {
     put(for_torch, "native_batch_norm", native_batch_norm);
     put(for_torch, "native_batch_norm_backward", native_batch_norm_backward);
   }
+  return 0;
+} catch (...) {
+  return 1;
 }
 
-// give_back() -> (): torch.nn's batch norm on torch's own kernels again.
-void give_back(StableIValue*, uint64_t, uint64_t) {
-  if (for_torch) TORCH(aoti_torch_delete_library_object(for_torch));
-  for_torch = nullptr;
-}
-
-}  // namespace
-}  // namespace truenorm
-
-// Take the kernels of an instruction set, or the best that runs here, and define the operators;
-// null if there are none. The first thing that is called, and the only one by name.
-extern "C" __attribute__((visibility("default"))) const char* truenorm_begin(const char* name) {
+// Leave torch.nn's batch norm to torch's own kernels again.
+EXPORT int truenorm_give_back() {
   using namespace truenorm;
-  const Kernels* found = find_kernels(name);
-  if (!found) return nullptr;
-  kernels = found;
-  static TorchLibraryHandle own = nullptr;
-  if (!own) {
-    bool failed = aoti_torch_library_init_fragment("truenorm", __FILE__, __LINE__, &own) ||
-                  aoti_torch_library_def(own, "take_over(bool torch_too) -> ()") ||
-                  aoti_torch_library_def(own, "give_back() -> ()");
-    TorchLibraryHandle impl = nullptr;
-    failed = failed ||
-             aoti_torch_library_init_impl("truenorm", "CompositeExplicitAutograd", __FILE__,
-                                          __LINE__, &impl) ||
-             torch_library_impl(impl, "take_over", take_over, TORCH_ABI_VERSION) ||
-             torch_library_impl(impl, "give_back", give_back, TORCH_ABI_VERSION);
-    if (failed) return nullptr;
-  }
-  return kernels->name;
+  if (for_torch && aoti_torch_delete_library_object(for_torch)) return 1;
+  for_torch = nullptr;
+  return 0;
 }

@@ -96,50 +96,58 @@ inline Dtype dtype_of(const Tensor& x) {
   throw std::runtime_error("batch norm takes float32, float64, bfloat16 or float16");
 }
 
-// How a tensor (N, C, *S) lies, if it is dense in one of the two ways.
-enum class Order { contiguous, channels_last, other };
+// The two ways in which a tensor (N, C, *S) lies dense.
+enum class Order { contiguous, channels_last };
 
-inline Order order_of(const Tensor& x) {
-  int64_t ndim = x.ndim();
-  const int64_t *sizes = x.sizes(), *strides = x.strides();
-  auto dense = [&](auto axis_of) {
-    int64_t step = 1;
-    for (int64_t i = 0; i < ndim; ++i) {
-      int64_t axis = axis_of(i);
-      if (sizes[axis] != 1 && strides[axis] != step) return false;
-      step *= sizes[axis];
-    }
-    return true;
-  };
-  if (dense([&](int64_t i) { return ndim - 1 - i; })) return Order::contiguous;
-  // The channels first, then the positions from the last, then the examples.
-  if (dense([&](int64_t i) { return i == 0 ? 1 : i == ndim - 1 ? 0 : ndim - i; })) {
-    return Order::channels_last;
-  }
-  return Order::other;
+// The i-th axis from the innermost: the positions from the last, and before or after them the
+// channels, then the examples.
+inline int64_t axis_of(Order order, int64_t ndim, int64_t i) {
+  if (order == Order::contiguous) return ndim - 1 - i;
+  return i == 0 ? 1 : i == ndim - 1 ? 0 : ndim - i;
 }
 
-// The strides of a dense tensor of x's sizes.
-inline std::vector<int64_t> strides_in(const Tensor& x, Order order) {
+inline bool dense(const Tensor& x, Order order) {
+  int64_t ndim = x.ndim(), step = 1;
+  const int64_t *sizes = x.sizes(), *strides = x.strides();
+  for (int64_t i = 0; i < ndim; ++i) {
+    int64_t axis = axis_of(order, ndim, i);
+    if (sizes[axis] != 1 && strides[axis] != step) return false;
+    step *= sizes[axis];
+  }
+  return true;
+}
+
+// The way in which torch's batch norm lays out the result for x: as its suggest_memory_format says,
+// by the strides alone, also of a tensor that is not dense.
+inline Order order_of(const Tensor& x) {
+  int64_t ndim = x.ndim(), least = 0;
+  if (ndim != 4 && ndim != 5) return Order::contiguous;
+  const int64_t *sizes = x.sizes(), *strides = x.strides();
+  if (!strides[1]) return Order::contiguous;
+  for (int64_t i = 0; i < ndim; ++i) {
+    int64_t axis = axis_of(Order::channels_last, ndim, i);
+    if (!sizes[axis] || strides[axis] < least) return Order::contiguous;
+    if (axis == 0 && least == strides[1]) return Order::contiguous;  // all other axes are of one
+    least = strides[axis] * (sizes[axis] > 1 ? sizes[axis] : 1);
+  }
+  return Order::channels_last;
+}
+
+inline Tensor empty_like(const Tensor& x, Order order) {
   int64_t ndim = x.ndim(), step = 1;
   const int64_t* sizes = x.sizes();
   std::vector<int64_t> strides(ndim);
   for (int64_t i = 0; i < ndim; ++i) {
-    int64_t axis = order != Order::channels_last ? ndim - 1 - i
-                   : i == 0                      ? 1
-                   : i == ndim - 1               ? 0
-                                                 : ndim - i;
+    int64_t axis = axis_of(order, ndim, i);
     strides[axis] = step;
     step *= sizes[axis] > 1 ? sizes[axis] : 1;
   }
-  return strides;
+  return empty(ndim, sizes, strides.data(), x.dtype());
 }
-inline Tensor empty_like(const Tensor& x, Order order) {
-  return empty(x.ndim(), x.sizes(), strides_in(x, order).data(), x.dtype());
-}
-// x itself if it lies so already, else a copy kept in `copy`.
+
+// x itself if it lies so already and is of like's dtype, else a copy kept in `copy`.
 inline const Tensor& in_order(const Tensor& x, Order order, const Tensor& like, Tensor& copy) {
-  if (x.dtype() == like.dtype() && order_of(x) == order) return x;
+  if (x.dtype() == like.dtype() && dense(x, order)) return x;
   copy = empty_like(like, order);
   TORCH(aoti_torch_copy_(copy.at, x.at, 0));
   return copy;
