@@ -77,6 +77,7 @@ def error(logits, labels):
 # Training a step at a time --------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("same_kernels")
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_steps_are_those_of_fit_to_the_bit(parts, optimizer):
     config = dataclasses.replace(
@@ -91,6 +92,7 @@ def test_the_steps_are_those_of_fit_to_the_bit(parts, optimizer):
     assert same_state(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.usefixtures("same_kernels")
 def test_augmentation_is_that_of_fit_to_the_bit():
     splits, spec = images(), ModelSpec(name="convnet", widths=(4, 4))
     config = dataclasses.replace(CONFIG, epochs=1, shift=1)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ def kernels() -> Kernels:
             f"(x86-64-v4, x86-64-v3, baseline), got {wanted!r}; unset it to take the best."
         )
     _take_over(library, torch_too=False)
+    _describe()
     return Kernels(True, name.decode(), "")
 
 
@@ -162,6 +163,32 @@ def _take_over(library: ctypes.CDLL, *, torch_too: bool) -> None:
         failed = torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call)
     if failed:
         raise RuntimeError("torch refused the kernels")
+
+
+@cache
+def _describe() -> None:
+    """Tell torch the shapes that the operators of their own return, for tensors without data."""
+
+    @torch.library.register_fake("truenorm::batch_norm_act")
+    def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        told = torch.library.get_ctx().new_dynamic_size()
+        return (
+            torch.empty_like(x),
+            x.new_empty((2, x.shape[1]), dtype=torch.float64),
+            x.new_empty((told,), dtype=torch.uint8),
+        )
+
+    @torch.library.register_fake("truenorm::batch_norm_act_backward")
+    def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        weight, bias, mask = rest[2], rest[3], rest[-1]
+        of = weight if weight is not None else bias if bias is not None else x
+        wanted = [x, x.new_empty(x.shape[1], dtype=of.dtype)]
+        nothing = x.new_empty(0, dtype=torch.float32)
+        shapes = wanted[0], wanted[1], wanted[1], wanted[0]
+        return tuple(
+            torch.empty_like(like) if want else torch.empty_like(nothing)
+            for like, want in zip(shapes, mask, strict=True)
+        )
 
 
 class _Users:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.errors import InputError
-from truenorm.kernels import ops
+from truenorm.kernels import fused, ops
 from truenorm.layers import functional, kernel
 from truenorm.layers.attributes import CommitOption, Epsilon, Option, check_eps
 from truenorm.layers.capture import (
@@ -220,7 +220,7 @@ class BatchNorm(RunningStatistics):
         # The commonest case in the fewest calls: a small layer takes some 30 microseconds with its
         # backward, a call of Python's or torch's up to one. All else is in _normalized.
         own = self.__dict__  # past nn.Module's and the class's attributes
-        if own["_direct"] and self.training and mask is residual is None and not captured():
+        if own["_direct"] and self.training and mask is None and not captured():
             buffers, parameters, features = own["_buffers"], own["_parameters"], own["num_features"]
             mean = buffers.get("running_mean")
             if (
@@ -235,24 +235,41 @@ class BatchNorm(RunningStatistics):
                 and "bias" in parameters
                 and (var := buffers.get("running_var")) is not None
                 and (batches := buffers.get("num_batches_tracked")) is not None
-                and graph_task() == NO_GRAPH_TASK
                 and not wrapped(input)
-                and (ops.live() or self._torch_serves(input, mean))
+                and (residual is None or _like(residual, input))
+                and (ops.live() or self._torch_serves(input, mean, residual))
             ):
-                batches.add_(_ONE)
-                momentum = own["momentum"]
-                if momentum is None:
-                    momentum = 1 / int(batches)
+                running, momentum = (mean, var), own["momentum"]
+                counts = graph_task() == NO_GRAPH_TASK
+                if counts:
+                    batches.add_(_ONE)
+                    if momentum is None:
+                        momentum = 1 / int(batches)
+                else:  # within a backward pass a forward is repeated that has been counted
+                    running, momentum = (torch.zeros_like(mean), torch.zeros_like(var)), 1.0
                 affine = parameters["weight"], parameters["bias"]
-                act = own["_options"].act
-                if ops.live():
-                    out, finite = ops.batch_norm(input, affine, (mean, var), momentum, own["eps"])
-                    if not finite:
-                        batches.sub_(_ONE)
-                        self._tally(torch.tensor(False))
+                act, eps = own["_options"].act, own["eps"]
+                if not ops.live():
+                    out = self._by_torch(input, affine, running, momentum)
+                    return out if act is None else ACTIVATIONS[act](out)
+                if residual is None and (act is None or input.numel() <= fused.SMALL):
+                    out, finite = ops.batch_norm(input, affine, running, momentum, eps)
+                    if act is not None:
+                        out = ACTIVATIONS[act](out)
                 else:
-                    out = self._by_torch(input, affine, (mean, var), momentum)
-                return out if act is None else ACTIVATIONS[act](out)
+                    out, finite = fused.batch_norm_act(
+                        input,
+                        affine,
+                        running,
+                        eps,
+                        momentum=momentum,
+                        act=act or "none",
+                        residual=residual,
+                    )
+                if not finite and counts:
+                    batches.sub_(_ONE)
+                    self._tally(torch.tensor(False))
+                return out
         if not isinstance(input, Tensor):
             return traced(self, input, mask, residual)
         self._check_input_dim(input)
@@ -266,10 +283,11 @@ class BatchNorm(RunningStatistics):
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
 
-    def _torch_serves(self, x: Tensor, mean: Tensor) -> bool:
+    def _torch_serves(self, x: Tensor, mean: Tensor, residual: Tensor | None) -> bool:
         """Whether torch's kernel can do all in one go, for an input that is not far from 0."""
-        few = x.numel() <= functional.ROWS * self.num_features
-        return mean.dtype is x.dtype and (few or not in_rows(x))
+        if residual is not None or mean.dtype is not x.dtype or graph_task() != NO_GRAPH_TASK:
+            return False
+        return x.numel() <= functional.ROWS * self.num_features or not in_rows(x)
 
     def _by_torch(
         self,
@@ -543,6 +561,17 @@ def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:  # what a NaN sends back through an activation is NaN, wherever it stood
         residual = torch.where(mask, residual, 0)
     return (out + residual).to(out.dtype)
+
+
+def _like(residual: Any, x: Tensor) -> bool:
+    """Whether ``residual`` can be added within the kernel that normalizes ``x``."""
+    return (
+        type(residual) is Tensor
+        and residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.is_cpu
+        and not wrapped(residual)
+    )
 
 
 def _has_one_value(count: Tensor) -> bool:

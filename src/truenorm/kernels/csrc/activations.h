@@ -104,19 +104,14 @@ static void slope_by_input(Act act, const A* z, A* dy, int64_t n) {
   }
 }
 
-// dy *= the slope, by what came of it: of those activations from whose result it follows.
+// dy *= the slope, by what came of it: of activations whose slope is constant in pieces, so that it
+// follows from a result of any precision.
 template <class A>
 static void slope_by_output(Act act, const A* z, A* dy, int64_t n) {
   switch (act) {
     case Act::relu: EACH(v <= 0 ? A(0) : dy[i]);
     case Act::leaky_relu: EACH(v > 0 ? dy[i] : dy[i] * A(0.01));
-    case Act::elu: EACH(v > 0 ? dy[i] : dy[i] * (v + 1));
     case Act::relu6: EACH(v <= 0 || v >= 6 ? A(0) : dy[i]);
-    case Act::selu:
-      EACH(v > 0 ? dy[i] * A(SELU_SCALE) : dy[i] * (v + A(SELU_SCALE * SELU_ALPHA)));
-    case Act::hardsigmoid: EACH(v > 0 && v < 1 ? dy[i] / 6 : A(0));
-    case Act::sigmoid: EACH(dy[i] * (v * (1 - v)));
-    case Act::tanh: EACH(dy[i] * (1 - v * v));
     default: return;
   }
 }

@@ -37,20 +37,6 @@ bool flag(StableIValue value) {
   return out;
 }
 
-struct Wanted {
-  bool x = false, weight = false, bias = false;
-  explicit Wanted(StableIValue value) {
-    StableListHandle list = (StableListHandle)value;
-    bool* all[] = {&x, &weight, &bias};
-    for (size_t i = 0; i < 3; ++i) {
-      StableIValue item;
-      TORCH(torch_list_get_item(list, i, &item));
-      *all[i] = flag(item);
-    }
-    TORCH(torch_delete_list(list));
-  }
-};
-
 StableIValue give(Tensor&& t) { return (StableIValue)(t ? t.release() : undefined().release()); }
 
 // ---- batch norm as torch defines it
@@ -75,64 +61,100 @@ void track(const Tensor& running, const double* batch, int64_t size, double mome
   write(now.data(), size, running);
 }
 
+// What stands behind the affine map.
+struct After {
+  Act act = Act::none;
+  Tensor residual, mask;
+};
+
+// Points `job` at what stands behind, in x's order; a residual of another order is copied.
+void put_after(Job& job, const After& after, const Tensor& x, Order order, Tensor& copy) {
+  job.act = after.act;
+  if (after.residual) job.residual = in_order(after.residual, order, x, copy).data();
+  if (after.mask) job.mask = after.mask.data<uint8_t>();
+}
+
 struct Forward {
-  Tensor y, mean, inverse;
+  Tensor y;
+  std::vector<double> mean, var;
   bool finite = true;
 };
 
 // guard: leave the running statistics alone if the batch's are not finite.
 Forward forward(const Tensor& given, const Tensor& weight, const Tensor& bias,
                 const Tensor& running_mean, const Tensor& running_var, bool training,
-                double momentum, double eps, bool guard) {
-  Tensor copy;
+                double momentum, double eps, bool guard, const After& after = {}) {
+  Tensor copy, copied_residual;
   Order order = order_of(given);
   const Tensor& x = in_order(given, order, given, copy);
   Job job = job_of(x, order);
   int64_t C = job.C;
   job.eps = eps;
   use_threads(job);
-  std::vector<double> weights, biases, means(C), vars(C);
+  put_after(job, after, x, order, copied_residual);
+  std::vector<double> weights, biases;
   job.weight = read(weight, C, weights);
   job.bias = read(bias, C, biases);
   job.train = training;
-  if (!training) {
-    read(running_mean, C, means);
-    read(running_var, C, vars);
-  }
-  job.mean = means.data();
-  job.var = vars.data();
   Forward out;
+  out.mean.resize(C);
+  out.var.resize(C);
+  if (!training) {
+    read(running_mean, C, out.mean);
+    read(running_var, C, out.var);
+  }
+  job.mean = out.mean.data();
+  job.var = out.var.data();
   out.y = empty_like(x, order);
   job.y = out.y.data();
-  int32_t dtype = dtype_of_statistics(x, weight, bias, running_mean);
   kernels->forward(job);
-  if (!training) {
-    out.mean = empty(0, dtype);
-    out.inverse = empty(0, dtype);
-    return out;
-  }
-  out.mean = written(means.data(), C, dtype);
+  if (!training) return out;
   double count = double(job.count);
   for (int64_t c = 0; c < C; ++c) {
-    out.finite = out.finite && std::isfinite(float(means[c])) && std::isfinite(float(vars[c]));
+    out.finite =
+        out.finite && std::isfinite(float(out.mean[c])) && std::isfinite(float(out.var[c]));
   }
-  if (running_mean && !(guard && !out.finite)) track(running_mean, means.data(), C, momentum, 1);
-  if (running_var && !(guard && !out.finite)) {
-    track(running_var, vars.data(), C, momentum, count / (count - 1));
-  }
-  for (double& var : vars) var = 1 / std::sqrt(var + eps);
-  out.inverse = written(vars.data(), C, dtype);
+  if (guard && !out.finite) return out;
+  if (running_mean) track(running_mean, out.mean.data(), C, momentum, 1);
+  if (running_var) track(running_var, out.var.data(), C, momentum, count / (count - 1));
   return out;
 }
 
-struct Gradients {
-  Tensor x, weight, bias;
+// 1 / sqrt(var + eps), as torch remembers it.
+Tensor inverse_of(std::vector<double>& var, double eps, int32_t dtype) {
+  for (double& v : var) v = 1 / std::sqrt(v + eps);
+  return written(var.data(), int64_t(var.size()), dtype);
+}
+
+struct Wanted {
+  bool x = false, weight = false, bias = false, residual = false;
 };
 
+Wanted wanted_of(StableIValue value) {
+  StableListHandle list = (StableListHandle)value;
+  Wanted wanted;
+  bool* all[] = {&wanted.x, &wanted.weight, &wanted.bias, &wanted.residual};
+  size_t size = 0;
+  TORCH(torch_list_size(list, &size));
+  for (size_t i = 0; i < size && i < 4; ++i) {
+    StableIValue item;
+    TORCH(torch_list_get_item(list, i, &item));
+    *all[i] = flag(item);
+  }
+  TORCH(torch_delete_list(list));
+  return wanted;
+}
+
+struct Gradients {
+  Tensor x, weight, bias, residual;
+};
+
+// By the mean and biased variance, (C,), of the batch if `training`, else given.
 Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight,
-                   const Tensor& mean, const Tensor& spread, bool training, double eps,
-                   Wanted wanted) {
-  Tensor copy, copied_grad;
+                   const Tensor& bias, std::vector<double>& mean, std::vector<double>& var,
+                   bool training, double eps, Wanted wanted, int32_t dtype,
+                   const After& after = {}, const Tensor& output = {}) {
+  Tensor copy, copied_grad, copied_residual, copied_output;
   Order order = order_of(given);
   const Tensor& x = in_order(given, order, given, copy);
   const Tensor& dy = in_order(grad, order, x, copied_grad);
@@ -140,16 +162,14 @@ Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight
   int64_t C = job.C;
   job.eps = eps;
   use_threads(job);
-  std::vector<double> weights, means, vars, sums(C), products(C);
+  put_after(job, after, x, order, copied_residual);
+  if (output) job.out = in_order(output, order, x, copied_output).data();
+  std::vector<double> weights, biases, sums(C), products(C);
   job.weight = read(weight, C, weights);
-  read(mean, C, means);
-  read(spread, C, vars);
-  if (training) {  // what was saved is 1 / sqrt(var + eps)
-    for (double& var : vars) var = 1 / (var * var) - eps;
-  }
+  job.bias = read(bias, C, biases);
   job.train = training;
-  job.mean = means.data();
-  job.var = vars.data();
+  job.mean = mean.data();
+  job.var = var.data();
   job.sum = sums.data();
   job.product = products.data();
   job.dy = dy.data();
@@ -158,14 +178,19 @@ Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight
     out.x = empty_like(x, order);
     job.dx = out.x.data();
   }
-  bool affine = wanted.weight || wanted.bias;
-  if (!wanted.x && !affine) return out;
-  (training || affine ? wanted.x ? kernels->backward : kernels->sums : kernels->gradient)(job);
-  if (!affine) return out;
-  int32_t dtype = weight ? weight.dtype() : dtype_of_statistics(x, weight, {}, mean);
+  if (wanted.residual) {
+    out.residual = empty_like(x, order);
+    job.dresidual = out.residual.data();
+  }
+  bool sweep = wanted.x || wanted.residual, affine = wanted.weight || wanted.bias;
+  if ((training && wanted.x) || affine) {
+    (sweep ? kernels->backward : kernels->sums)(job);
+  } else if (sweep) {
+    kernels->gradient(job);
+  }
   if (wanted.bias) out.bias = written(sums.data(), C, dtype);
   if (wanted.weight) {
-    for (int64_t c = 0; c < C; ++c) products[c] /= std::sqrt(vars[c] + eps);
+    for (int64_t c = 0; c < C; ++c) products[c] /= std::sqrt(var[c] + eps);
     out.weight = written(products.data(), C, dtype);
   }
   return out;
@@ -176,11 +201,14 @@ Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight
 void native_batch_norm(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = tensor(stack[0]), weight = optional(stack[1]), bias = optional(stack[2]),
          mean = optional(stack[3]), var = optional(stack[4]);
-  Forward out = forward(x, weight, bias, mean, var, flag(stack[5]), number(stack[6]),
-                        number(stack[7]), false);
+  bool training = flag(stack[5]);
+  double eps = number(stack[7]);
+  Forward out = forward(x, weight, bias, mean, var, training, number(stack[6]), eps, false);
+  int32_t dtype = dtype_of_statistics(x, weight, bias, mean);
+  int64_t C = training ? int64_t(out.mean.size()) : 0;
   stack[0] = give(std::move(out.y));
-  stack[1] = give(std::move(out.mean));
-  stack[2] = give(std::move(out.inverse));
+  stack[1] = give(written(out.mean.data(), C, dtype));
+  stack[2] = give(training ? inverse_of(out.var, eps, dtype) : empty(0, dtype));
 }
 
 // native_batch_norm_backward(grad_out, input, weight?, running_mean?, running_var?, save_mean?,
@@ -188,11 +216,19 @@ void native_batch_norm(StableIValue* stack, uint64_t, uint64_t) {
 void native_batch_norm_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = tensor(stack[0]), x = tensor(stack[1]), weight = optional(stack[2]),
          running_mean = optional(stack[3]), running_var = optional(stack[4]),
-         mean = optional(stack[5]), inverse = optional(stack[6]);
+         saved_mean = optional(stack[5]), saved_inverse = optional(stack[6]);
   bool training = flag(stack[7]);
-  Gradients out = backward(grad, x, weight, training ? mean : running_mean,
-                           training ? inverse : running_var, training, number(stack[8]),
-                           Wanted(stack[9]));
+  double eps = number(stack[8]);
+  std::vector<double> mean, var;
+  int64_t C = x.sizes()[1];
+  const Tensor& center = training ? saved_mean : running_mean;
+  read(center, C, mean);
+  read(training ? saved_inverse : running_var, C, var);
+  if (training) {
+    for (double& v : var) v = 1 / (v * v) - eps;
+  }
+  int32_t dtype = weight ? weight.dtype() : dtype_of_statistics(x, weight, {}, center);
+  Gradients out = backward(grad, x, weight, {}, mean, var, training, eps, wanted_of(stack[9]), dtype);
   stack[0] = give(std::move(out.x));
   stack[1] = give(std::move(out.weight));
   stack[2] = give(std::move(out.bias));
@@ -201,17 +237,21 @@ void native_batch_norm_backward(StableIValue* stack, uint64_t, uint64_t) {
 // _batch_norm_with_update(input, weight?, bias?, running_mean, running_var, momentum, eps)
 //   -> (out, save_mean, save_invstd, reserve); TrueNorm's layers call it. The reserve is empty, and
 // has one value if the batch was not finite and the running statistics did not move.
+Tensor told(bool finite) {
+  Tensor out = empty(int64_t(finite ? 0 : 1), aoti_torch_dtype_uint8());
+  if (!finite) *out.data<uint8_t>() = 1;
+  return out;
+}
 void batch_norm_with_update(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = tensor(stack[0]), weight = optional(stack[1]), bias = optional(stack[2]),
          mean = tensor(stack[3]), var = tensor(stack[4]);
-  Forward out =
-      forward(x, weight, bias, mean, var, true, number(stack[5]), number(stack[6]), true);
-  Tensor reserve = empty(int64_t(out.finite ? 0 : 1), aoti_torch_dtype_uint8());
-  if (!out.finite) *reserve.data<uint8_t>() = 1;
+  double eps = number(stack[6]);
+  Forward out = forward(x, weight, bias, mean, var, true, number(stack[5]), eps, true);
+  int32_t dtype = dtype_of_statistics(x, weight, bias, mean);
   stack[0] = give(std::move(out.y));
-  stack[1] = give(std::move(out.mean));
-  stack[2] = give(std::move(out.inverse));
-  stack[3] = give(std::move(reserve));
+  stack[1] = give(written(out.mean.data(), int64_t(out.mean.size()), dtype));
+  stack[2] = give(inverse_of(out.var, eps, dtype));
+  stack[3] = give(told(out.finite));
 }
 
 // batch_norm_backward(grad_out, input, weight, running_mean?, running_var?, save_mean?, save_var?,
@@ -223,6 +263,66 @@ void batch_norm_backward(StableIValue* stack, uint64_t inputs, uint64_t outputs)
   stack[2] = 0;
   if (defined) stack[2] = (StableIValue) new StableIValue((StableIValue)weight.release());
   native_batch_norm_backward(stack, inputs, outputs);
+}
+
+// ---- batch norm with what stands behind it, as truenorm::batch_norm_act
+
+const char* const SCHEMAS[] = {
+    "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias,"
+    " Tensor(a!) running_mean, Tensor(b!) running_var, bool training, float momentum, float eps,"
+    " int act) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? output,"
+    " Tensor? weight, Tensor? bias, Tensor moments, bool training, float eps, int act,"
+    " bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+};
+
+Act act_of(StableIValue value) {
+  int64_t act = (int64_t)value;
+  if (act < 0 || act >= int64_t(Act::count)) throw std::runtime_error("no such activation");
+  return Act(act);
+}
+
+// The output; mean and biased variance by which it was normalized, (2, C) of float64; and what
+// _batch_norm_with_update tells in its reserve.
+void batch_norm_act(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x = tensor(stack[0]);
+  After after;
+  after.residual = optional(stack[1]);
+  Tensor weight = optional(stack[2]), bias = optional(stack[3]), mean = tensor(stack[4]),
+         var = tensor(stack[5]);
+  after.act = act_of(stack[9]);
+  Forward out = forward(x, weight, bias, mean, var, flag(stack[6]), number(stack[7]),
+                        number(stack[8]), true, after);
+  int64_t sizes[] = {2, int64_t(out.mean.size())}, strides[] = {sizes[1], 1};
+  Tensor moments = empty(2, sizes, strides, aoti_torch_dtype_float64());
+  std::memcpy(moments.data<double>(), out.mean.data(), size_t(sizes[1]) * 8);
+  std::memcpy(moments.data<double>() + sizes[1], out.var.data(), size_t(sizes[1]) * 8);
+  stack[0] = give(std::move(out.y));
+  stack[1] = give(std::move(moments));
+  stack[2] = give(told(out.finite));
+}
+
+void batch_norm_act_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor grad = tensor(stack[0]), x = tensor(stack[1]);
+  After after;
+  after.residual = optional(stack[2]);
+  Tensor output = optional(stack[3]), weight = optional(stack[4]), bias = optional(stack[5]),
+         moments = tensor(stack[6]);
+  after.act = act_of(stack[9]);
+  int64_t C = x.sizes()[1];
+  const double* held = moments.data<double>();
+  std::vector<double> mean(held, held + C), var(held + C, held + 2 * C);
+  int32_t dtype = weight ? weight.dtype() : bias ? bias.dtype() : x.dtype();
+  Gradients out = backward(grad, x, weight, bias, mean, var, flag(stack[7]), number(stack[8]),
+                           wanted_of(stack[10]), dtype, after, output);
+  // An operator of one's own returns defined tensors.
+  auto some = [](Tensor& t) {
+    return (StableIValue)(t ? t.release() : empty(0, aoti_torch_dtype_float32()).release());
+  };
+  stack[0] = some(out.x);
+  stack[1] = some(out.weight);
+  stack[2] = some(out.bias);
+  stack[3] = some(out.residual);
 }
 
 // ---- which are in force
@@ -261,6 +361,12 @@ EXPORT int truenorm_take_over(int torch_too) try {
     for_truenorm = library();
     put(for_truenorm, "_batch_norm_with_update", batch_norm_with_update);
     put(for_truenorm, "batch_norm_backward", batch_norm_backward);
+    TorchLibraryHandle schemas, own;
+    TORCH(aoti_torch_library_init_fragment("truenorm", __FILE__, __LINE__, &schemas));
+    for (const char* schema : SCHEMAS) TORCH(aoti_torch_library_def(schemas, schema));
+    TORCH(aoti_torch_library_init_impl("truenorm", "CPU", __FILE__, __LINE__, &own));
+    put(own, "batch_norm_act", batch_norm_act);
+    put(own, "batch_norm_act_backward", batch_norm_act_backward);
   }
   if (torch_too && !for_torch) {
     for_torch = library();

@@ -13,6 +13,7 @@ from torch import nn
 
 from truenorm.data.datasets import Dataset, Splits
 from truenorm.errors import InputError
+from truenorm.kernels.ops import use
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import TrainConfig
 from truenorm.training.devices import device_of, threads
@@ -24,10 +25,10 @@ UNDEFINED = Scores(math.nan, math.nan)
 
 @contextlib.contextmanager
 def alone(config: TrainConfig) -> Iterator[None]:
-    """Run the body on the config's threads; torch's generators are given back after it."""
+    """Run the body on the config's threads and kernels; torch's generators are given back."""
     device = device_of(config.device)
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), threads(config.threads):
+    with torch.random.fork_rng(devices=generators), threads(config.threads), use(config.kernels):
         yield
 
 

@@ -1,0 +1,165 @@
+"""Batch norm with a residual and an activation behind it, in one sweep forward and two backward.
+
+Between forward and backward stand the input alone, and the output where the activation's gradient
+follows from it and a residual went in; neither the normalized values nor what went into the
+activation are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = (
+    "none", "relu", "leaky_relu", "elu", "relu6", "silu", "gelu", "gelu_tanh", "mish", "selu",
+    "hardswish", "hardsigmoid", "sigmoid", "softplus", "tanh",
+)  # fmt: skip
+"""In the order of the kernels' own list."""
+
+SMALL = 1 << 14
+"""Values up to which two nodes of torch's own cost less than one of Python's."""
+
+_BY_OUTPUT = ("relu", "leaky_relu", "relu6")
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor, Tensor],
+        training: bool,
+        momentum: float,
+        eps: float,
+        act: str,
+        found: list[bool],
+    ) -> Tensor:
+        number = _NUMBERS[act]
+        y, moments, told = torch.ops.truenorm.batch_norm_act(
+            x, residual, weight, bias, *running, training, momentum, eps, number
+        )
+        found.append(told.numel() == 0)
+        by_output = residual is not None and act in _BY_OUTPUT
+        added = residual is not None and act != "none" and not by_output
+        ctx.save_for_backward(
+            x, residual if added else None, y if by_output else None, weight, bias, moments
+        )
+        ctx.added = residual is not None
+        ctx.options = training, eps, act
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, output, weight, bias, moments = ctx.saved_tensors
+        training, eps, act = ctx.options
+        of_x, of_residual, of_weight, of_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            grads = _differentiable(ctx, grad)
+        else:
+            wanted = [of_x, of_weight, of_bias, of_residual]
+            grads = torch.ops.truenorm.batch_norm_act_backward(
+                grad, x, residual, output, weight, bias, moments, training, eps,
+                _NUMBERS[act], wanted,
+            )  # fmt: skip
+        dx, dweight, dbias, dresidual = grads
+        return (
+            dx if of_x else None,
+            dresidual if of_residual else None,
+            dweight if of_weight else None,
+            dbias if of_bias else None,
+            *(None,) * 6,
+        )
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and residual, in torch's differentiable operations."""
+    x, residual, output, weight, bias, moments = ctx.saved_tensors
+    training, eps, act = ctx.options
+    with torch.enable_grad():
+        mean, var = (None, None) if training else moments.to(_statistics_dtype(x))
+        out = F.batch_norm(x, mean, var, weight, bias, training, 0.0, eps)
+        of_residual = None
+        if output is not None:  # of an activation whose slope is constant in pieces
+            grad = grad * _slope(act, output)
+        if output is not None or act == "none":
+            of_residual = grad if ctx.added else None
+        else:
+            out = _OPERATIONS[act](out if residual is None else out + residual)
+        of = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, of, grad, create_graph=True))
+    grads = [
+        next(found) if t is not None and t.requires_grad else None
+        for t in (x, weight, bias, residual)
+    ]
+    return *grads[:3], grads[3] if of_residual is None else of_residual
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _slope(act: str, output: Tensor) -> Tensor:
+    if act == "leaky_relu":
+        return torch.where(output > 0, 1.0, 0.01).to(output.dtype)
+    inside = output > 0 if act == "relu" else (output > 0) & (output < 6)
+    return inside.to(output.dtype)
+
+
+_OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "selu": F.selu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
+
+
+def batch_norm_act(
+    x: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    running: tuple[Tensor, Tensor],
+    eps: float,
+    *,
+    momentum: float | None,
+    act: str = "none",
+    residual: Tensor | None = None,
+) -> tuple[Tensor, bool]:
+    """act(batch norm of x + residual), differentiable twice; needs live kernels.
+
+    Args:
+        x: (N, C, *S) on a CPU, of any layout and floating dtype, with a value a channel at least.
+        affine: weight and bias, (C,), or None for 1 and 0.
+        running: mean and variance, (C,); moved, but by a batch that is not finite.
+        eps: added to the variance.
+        momentum: weight of the new value; None to normalize by ``running``.
+        act: one of :data:`ACTIVATIONS`.
+        residual: of x's shape, dtype and device.
+
+    Returns:
+        The output, of shape and dtype of ``x``, and whether the batch was finite.
+    """
+    training = momentum is not None
+    # Past autograd's count of versions, as in ops.batch_norm.
+    statistics = running[0].data, running[1].data
+    found: list[bool] = []
+    y: Tensor = _BatchNormAct.apply(  # type: ignore[no-untyped-call]
+        x, residual, *affine, statistics, training, momentum or 0.0, eps, act, found
+    )
+    return y, found[0]
