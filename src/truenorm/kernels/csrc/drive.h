@@ -28,7 +28,7 @@ struct Pieces {
     blocks = (job.C + width - 1) / width;
     int64_t columns = least(width, job.C) * job.S;
     int64_t values = blocks >= 8 ? 4 * PART : PART;
-    size = most(GROUP, values / columns / GROUP * GROUP);
+    size = most(CHAIN, values / columns / CHAIN * CHAIN);
     parts = most(1, (job.N + size - 1) / size);
   }
 };

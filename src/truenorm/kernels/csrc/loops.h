@@ -10,7 +10,6 @@ constexpr int64_t PART = 1 << 16;   // values of a channel that are summed in on
 constexpr int64_t BLOCK = 1024;     // columns that are worked on together (rows)
 constexpr int64_t TILE = 512;       // values between which an activation is looked up
 constexpr int64_t CHAIN = 8;        // vectors that are added up before they are widened
-constexpr int64_t GROUP = 4;        // rows that are added up before the sums are touched
 constexpr int64_t SMALL = 1 << 14;  // values that one thread handles sooner than it wakes others
 constexpr int64_t SAMPLES = 8;
 
@@ -35,11 +34,18 @@ INLINE void each(const Job& job, int64_t count, bool small, F f) {
   });
 }
 
+// A parameter of the channel, read once, since what is stored might lie there for all the compiler
+// knows; or of each column.
 template <class A, bool COLUMNS>
-INLINE vec<A> parameter(const A* p, int64_t i) {
-  if constexpr (COLUMNS) return load(p + i);
-  return spread(*p);
-}
+struct Parameter {
+  const A* p;
+  vec<A> one;
+  explicit INLINE Parameter(const A* p) : p(p), one(spread(COLUMNS ? A(0) : *p)) {}
+  INLINE vec<A> at(int64_t i) const {
+    if constexpr (COLUMNS) return load(p + i);
+    return one;
+  }
+};
 
 // (C,) arrays of a job in the type of its arithmetic, one entry a column where layout is rows.
 template <class A>
@@ -76,9 +82,9 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
     return;
   }
   int64_t i = 0;
+  const Parameter<A, COLUMNS> m(mean), k(scale), o(offset);
   for (; i + L <= n; i += L) {
-    vec<A> z = (load(x + i) - parameter<A, COLUMNS>(mean, i)) * parameter<A, COLUMNS>(scale, i) +
-               parameter<A, COLUMNS>(offset, i);
+    vec<A> z = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
     if constexpr (RESIDUAL) z += load(residual + i);
     if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : z;  // NaN stays
     store(y + i, z);
@@ -119,7 +125,9 @@ INLINE void gradient_tile(const Job& job, const T* x, const T* residual, const T
 // The gradient in front of a ReLU: by the output, if that is known, else by what went into it.
 template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
 INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i,
-                                const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+                                const Parameter<wide<T>, COLUMNS>& mean,
+                                const Parameter<wide<T>, COLUMNS>& scale,
+                                const Parameter<wide<T>, COLUMNS>& offset) {
   typedef wide<T> A;
   vec<A> g = load(dy + i);
   if constexpr (MODE == RELU) {
@@ -127,8 +135,7 @@ INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i
     if constexpr (OUTPUT) {
       z = load(out + i);
     } else {
-      z = (load(x + i) - parameter<A, COLUMNS>(mean, i)) * parameter<A, COLUMNS>(scale, i) +
-          parameter<A, COLUMNS>(offset, i);
+      z = (load(x + i) - mean.at(i)) * scale.at(i) + offset.at(i);
     }
     g = z <= 0 ? vec<A>{} : g;  // as torch: where the output is NaN the gradient passes
   }
@@ -173,13 +180,22 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
     return;
   }
   int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, mean, scale, offset);
-    if (dresidual) store(dresidual + i, g);
-    vec<A> centred = load(x + i) - parameter<A, COLUMNS>(mean, i);
-    vec<A> value = parameter<A, COLUMNS>(a, i) * g +
-                   (parameter<A, COLUMNS>(b, i) * centred + parameter<A, COLUMNS>(c, i));
-    if (dx) store(dx + i, value);
+  const Parameter<A, COLUMNS> m(mean), k(scale), o(offset), pa(a), pb(b), pc(c);
+  auto loop = [&](auto with_dx, auto with_residual) INLINE_LAMBDA {
+    for (; i + L <= n; i += L) {
+      vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, m, k, o);
+      if constexpr (decltype(with_residual)::value) store(dresidual + i, g);
+      if constexpr (decltype(with_dx)::value) {
+        store(dx + i, pa.at(i) * g + (pb.at(i) * (load(x + i) - m.at(i)) + pc.at(i)));
+      }
+    }
+  };
+  if (!dresidual) {
+    loop(Count<1>{}, Count<0>{});
+  } else if (dx) {
+    loop(Count<1>{}, Count<1>{});
+  } else {
+    loop(Count<0>{}, Count<1>{});
   }
   for (; i < n; ++i) {
     int64_t j = COLUMNS ? i : 0;
@@ -281,11 +297,12 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
   }
   int64_t i = 0;
   Sums own = sums;  // in registers
+  const Parameter<A, false> m(mean), ks(scale), o(offset);
   auto chain = [&](auto count) INLINE_LAMBDA {
     vec<A> s{}, q{}, t{};
     for (int64_t k = 0; k < decltype(count)::value; ++k) {
-      vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + k * L, mean, scale, offset);
-      vec<A> d = load(x + i + k * L) - spread(*mean);
+      vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + k * L, m, ks, o);
+      vec<A> d = load(x + i + k * L) - m.at(i);
       s += g, q += g * d, t += d;
     }
     widen_into(own.first, s);
@@ -308,98 +325,60 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
 }
 
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
-template <int64_t ROWS, class T, bool EXACT>
-INLINE void moments_of_rows(const T* x, int64_t stride, int64_t n, const double* shift,
-                            const float* shift32, double* first, double* second) {
-  int64_t i = 0;
-  if constexpr (!EXACT) {
-    for (; i + LF <= n; i += LF) {
-      VF by = load(shift32 + i), s{}, q{};
-      for (int64_t k = 0; k < ROWS; ++k) {
-        VF d = load(x + k * stride + i) - by;
-        s += d;
-        q += d * d;
-      }
-      store(first + i, load(first + i) + lower(s));
-      store(first + i + LD, load(first + i + LD) + upper(s));
-      store(second + i, load(second + i) + lower(q));
-      store(second + i + LD, load(second + i + LD) + upper(q));
-    }
-  } else {
-    for (; i + LD <= n; i += LD) {
-      VD by = load(shift + i), s = load(first + i), q = load(second + i);
-      for (int64_t k = 0; k < ROWS; ++k) {
-        VD d = load_double(x + k * stride + i) - by;
-        s += d;
-        q += d * d;
-      }
-      store(first + i, s);
-      store(second + i, q);
-    }
-  }
-  for (; i < n; ++i) {
-    for (int64_t k = 0; k < ROWS; ++k) {
-      double d = double(widen(x[k * stride + i])) - shift[i];
-      first[i] += d;
-      second[i] += d * d;
-    }
-  }
-}
-
 template <class T, bool EXACT>
 INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
                          int64_t n, const double* shift, const float* shift32, double* first,
                          double* second) {
-  for (int64_t r = r0; r < r1;) {
-    const T* row = x + r * stride;
-    if (!mask && r + GROUP <= r1) {
-      moments_of_rows<GROUP, T, EXACT>(row, stride, n, shift, shift32, first, second);
-      r += GROUP;
-      continue;
-    }
-    if (!mask || mask[r]) {
-      moments_of_rows<1, T, EXACT>(row, stride, n, shift, shift32, first, second);
-    }
-    ++r;
-  }
-}
-
-template <int64_t ROWS, class T, Mode MODE, bool OUTPUT>
-INLINE void sums_of_rows(const T* x, const T* out, const T* dy, int64_t stride, int64_t n,
-                         const wide<T>* mean, const wide<T>* scale, const wide<T>* offset,
-                         double* first, double* second, double* third) {
-  typedef wide<T> A;
-  constexpr int64_t L = lanes<A>;
-  auto add = [](double* to, vec<A> v) INLINE_LAMBDA {
-    VD sums[2] = {load(to), L > LD ? load(to + L - LD) : VD{}};
-    widen_into(sums, v);
-    store(to, sums[0]);
-    if (L > LD) store(to + L - LD, sums[1]);
-  };
   int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    vec<A> s{}, q{}, t{}, at = load(mean + i);
-    for (int64_t k = 0; k < ROWS; ++k) {
-      int64_t to = k * stride;
-      const T* output = OUTPUT ? out + to : out;
-      vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + to, output, dy + to, i, mean, scale, offset);
-      vec<A> d = load(x + to + i) - at;
-      s += g, q += g * d, t += d;
-    }
-    add(first + i, s);
-    add(second + i, q);
-    add(third + i, t);
+  if constexpr (!EXACT) {
+    // Two vectors of columns, whose sums stay in registers down all rows.
+    auto down = [&](auto vectors) INLINE_LAMBDA {
+      constexpr int64_t V = decltype(vectors)::value;
+      VF by[V];
+      VD sums[V][2] = {}, squares[V][2] = {};
+      for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + i + v * LF);
+      auto chain = [&](const T* row, auto rows) INLINE_LAMBDA {
+        VF s[V] = {}, q[V] = {};
+        for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+          for (int64_t v = 0; v < V; ++v) {
+            VF d = load(row + k * stride + i + v * LF) - by[v];
+            s[v] += d;
+            q[v] += d * d;
+          }
+        }
+        for (int64_t v = 0; v < V; ++v) {
+          widen_into(sums[v], s[v]);
+          widen_into(squares[v], q[v]);
+        }
+      };
+      int64_t r = r0;
+      for (; !mask && r + CHAIN <= r1; r += CHAIN) chain(x + r * stride, Count<CHAIN>{});
+      for (; r < r1; ++r) {
+        if (!mask || mask[r]) chain(x + r * stride, Count<1>{});
+      }
+      for (int64_t v = 0; v < V; ++v) {
+        for (int64_t h = 0; h < 2; ++h) {
+          store(first + i + v * LF + h * LD, sums[v][h]);
+          store(second + i + v * LF + h * LD, squares[v][h]);
+        }
+      }
+    };
+    for (; i + 2 * LF <= n; i += 2 * LF) down(Count<2>{});
+    for (; i + LF <= n; i += LF) down(Count<1>{});
   }
-  for (; i < n; ++i) {
-    for (int64_t k = 0; k < ROWS; ++k) {
-      int64_t to = k * stride;
-      const T* output = OUTPUT ? out + to : out;
-      double g = gradient_of_one<T, MODE, OUTPUT, true>(x + to, output, dy + to, i, mean, scale,
-                                                        offset);
-      double d = widen(x[to + i]) - mean[i];
-      first[i] += g;
-      second[i] += g * d;
-      third[i] += d;
+  for (int64_t r = r0; r < r1; ++r) {
+    if (mask && !mask[r]) continue;
+    const T* row = x + r * stride;
+    int64_t j = i;
+    for (; j + LD <= n; j += LD) {
+      VD d = load_double(row + j) - load(shift + j);
+      store(first + j, load(first + j) + d);
+      store(second + j, load(second + j) + d * d);
+    }
+    for (; j < n; ++j) {
+      double d = double(widen(row[j])) - shift[j];
+      first[j] += d;
+      second[j] += d * d;
     }
   }
 }
@@ -430,14 +409,49 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     }
     return;
   }
-  for (; r + GROUP <= r1; r += GROUP) {
-    int64_t at = r * stride;
-    sums_of_rows<GROUP, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
-                                     scale, offset, first, second, third);
+  constexpr int64_t L = lanes<A>, HALVES = L / LD;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {  // a vector of columns, down all rows
+    VD sums[3][2] = {};
+    vec<A> at = load(mean + i), by = load(scale + i), to = load(offset + i);
+    auto chain = [&](int64_t row, auto rows) INLINE_LAMBDA {
+      vec<A> s{}, q{}, t{};
+      for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+        int64_t j = (row + k) * stride + i;
+        vec<A> g = load(dy + j), d = load(x + j) - at;
+        if constexpr (MODE == RELU) {
+          vec<A> z;
+          if constexpr (OUTPUT) {
+            z = load(out + j);
+          } else {
+            z = d * by + to;
+          }
+          g = z <= 0 ? vec<A>{} : g;
+        }
+        s += g, q += g * d, t += d;
+      }
+      widen_into(sums[0], s);
+      widen_into(sums[1], q);
+      widen_into(sums[2], t);
+    };
+    int64_t row = r0;
+    for (; row + CHAIN <= r1; row += CHAIN) chain(row, Count<CHAIN>{});
+    for (; row < r1; ++row) chain(row, Count<1>{});
+    for (int64_t h = 0; h < HALVES; ++h) {
+      store(first + i + h * LD, sums[0][h]);
+      store(second + i + h * LD, sums[1][h]);
+      store(third + i + h * LD, sums[2][h]);
+    }
   }
-  for (; r < r1; ++r) {
-    int64_t at = r * stride;
-    sums_of_rows<1, T, MODE, OUTPUT>(x + at, OUTPUT ? out + at : out, dy + at, stride, n, mean,
-                                     scale, offset, first, second, third);
+  for (; i < n; ++i) {
+    for (int64_t row = r0; row < r1; ++row) {
+      int64_t j = row * stride;
+      double g = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
+                                                        mean, scale, offset);
+      double d = widen(x[j + i]) - mean[i];
+      first[i] += g;
+      second[i] += g * d;
+      third[i] += d;
+    }
   }
 }
