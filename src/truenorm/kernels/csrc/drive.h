@@ -185,15 +185,19 @@ struct Drive {
     }
   }
 
-  // Channel parameters p, one a column of channels [c0, c1).
-  INLINE void expand(const A* p, int64_t c0, int64_t c1, A* to) const {
-    if (job.S == 1) {
-      __builtin_memcpy(to, p + c0, size_t(c1 - c0) * sizeof(A));
-      return;
-    }
-    for (int64_t c = c0; c < c1; ++c) {
+  // Channel parameters p, one a column of channels [c0, c1), `times` over.
+  INLINE void expand(const A* p, int64_t c0, int64_t c1, A* to, int64_t times = 1) const {
+    int64_t n = (c1 - c0) * job.S;
+    for (int64_t c = c0; job.S > 1 && c < c1; ++c) {
       for (int64_t k = 0; k < job.S; ++k) to[(c - c0) * job.S + k] = p[c];
     }
+    if (job.S == 1) __builtin_memcpy(to, p + c0, size_t(n) * sizeof(A));
+    for (int64_t k = 1; k < times; ++k) __builtin_memcpy(to + k * n, to, size_t(n) * sizeof(A));
+  }
+  // How many rows of n columns are worked on as one run: they lie behind each other where one
+  // block has all channels.
+  INLINE int64_t together(int64_t n, int64_t rows) const {
+    return pieces.blocks > 1 || job.mask ? 1 : most(1, least(BLOCK / n, rows));
   }
 
   template <Mode MODE, bool RESIDUAL>
@@ -209,18 +213,19 @@ struct Drive {
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
     A m[BLOCK], k[BLOCK], o[BLOCK];
-    expand(affine.mean, c0, c1, m);
-    expand(affine.scale, c0, c1, k);
-    expand(affine.offset, c0, c1, o);
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    for (int64_t r = r0; r < r1; ++r) {
+    int64_t step = together(n, r1 - r0);
+    expand(affine.mean, c0, c1, m, step);
+    expand(affine.scale, c0, c1, k, step);
+    expand(affine.offset, c0, c1, o, step);
+    for (int64_t r = r0; r < r1; r += step) {
       int64_t at = (r * job.C + c0) * S;
       if (job.mask && !job.mask[r]) {
         __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
         continue;
       }
       apply_run<T, MODE, RESIDUAL, true>(job, x + at, residual + (RESIDUAL ? at : 0), nullptr,
-                                         y + at, n, m, k, o);
+                                         y + at, n * least(step, r1 - r), m, k, o);
     }
   }
 
@@ -272,13 +277,14 @@ struct Drive {
     int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
     A all[6][BLOCK];
     Affine<A> p = {all[0], all[1], all[2], all[3], all[4], all[5]};
-    expand(affine.mean, c0, c1, p.mean);
-    expand(affine.scale, c0, c1, p.scale);
-    expand(affine.offset, c0, c1, p.offset);
-    expand(affine.a, c0, c1, p.a);
-    expand(affine.b, c0, c1, p.b);
-    expand(affine.c, c0, c1, p.c);
-    for (int64_t r = r0; r < r1; ++r) {
+    int64_t step = together(n, r1 - r0);
+    expand(affine.mean, c0, c1, p.mean, step);
+    expand(affine.scale, c0, c1, p.scale, step);
+    expand(affine.offset, c0, c1, p.offset, step);
+    expand(affine.a, c0, c1, p.a, step);
+    expand(affine.b, c0, c1, p.b, step);
+    expand(affine.c, c0, c1, p.c, step);
+    for (int64_t r = r0; r < r1; r += step) {
       int64_t at = (r * job.C + c0) * S;
       if (job.mask && !job.mask[r]) {
         if (dx) __builtin_memset((void*)(dx + at), 0, size_t(n) * sizeof(T));
@@ -288,7 +294,8 @@ struct Drive {
       gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
                                           out ? out + at : nullptr, nullptr, dy + at,
                                           dx ? dx + at : nullptr,
-                                          dresidual ? dresidual + at : nullptr, n, p, 0);
+                                          dresidual ? dresidual + at : nullptr,
+                                          n * least(step, r1 - r), p, 0);
     }
   }
 

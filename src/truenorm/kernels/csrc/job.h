@@ -54,6 +54,8 @@ struct Job {
   void* dx = nullptr;
   void* dresidual = nullptr;
 
+  bool stream = false;  // the result is larger than the caches: written past them
+
   Parallel parallel = nullptr;  // null for this thread alone
   int64_t threads = 1;
 };

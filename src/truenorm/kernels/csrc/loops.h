@@ -27,10 +27,12 @@ template <class F>
 INLINE void each(const Job& job, int64_t count, bool small, F f) {
   if (small || !job.parallel || job.threads == 1 || count == 1) {
     f(int64_t(0), count);
+    end_of_stream();
     return;
   }
   job.parallel(count, &f, [](int64_t first, int64_t last, void* context) {
     (*(F*)context)(first, last);
+    end_of_stream();
   });
 }
 
@@ -53,6 +55,15 @@ struct Affine {
   A *mean, *scale, *offset;  // z = (x - mean) * scale + offset
   A *a, *b, *c;              // dx = a * dy + b * (x - mean) + c
 };
+
+template <bool STREAM, class T>
+INLINE void put(T* p, vec<wide<T>> v) {
+  if constexpr (STREAM) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
 
 // ---- one run: n values that lie side by side, of one channel or of n columns -----------------
 
@@ -83,11 +94,18 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
   }
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset);
-  for (; i + L <= n; i += L) {
-    vec<A> z = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
-    if constexpr (RESIDUAL) z += load(residual + i);
-    if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : z;  // NaN stays
-    store(y + i, z);
+  auto loop = [&](auto streams) INLINE_LAMBDA {
+    for (; i + L <= n; i += L) {
+      vec<A> z = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
+      if constexpr (RESIDUAL) z += load(residual + i);
+      if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : z;  // NaN stays
+      put<decltype(streams)::value>(y + i, z);
+    }
+  };
+  if (job.stream && aligned(y)) {
+    loop(Count<1>{});
+  } else {
+    loop(Count<0>{});
   }
   for (; i < n; ++i) {
     int64_t j = COLUMNS ? i : 0;
@@ -181,21 +199,22 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
   }
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset), pa(a), pb(b), pc(c);
-  auto loop = [&](auto with_dx, auto with_residual) INLINE_LAMBDA {
+  auto loop = [&](auto with_dx, auto with_residual, auto streams) INLINE_LAMBDA {
+    constexpr bool STREAM = decltype(streams)::value;
     for (; i + L <= n; i += L) {
       vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, m, k, o);
-      if constexpr (decltype(with_residual)::value) store(dresidual + i, g);
+      if constexpr (decltype(with_residual)::value) put<STREAM>(dresidual + i, g);
       if constexpr (decltype(with_dx)::value) {
-        store(dx + i, pa.at(i) * g + (pb.at(i) * (load(x + i) - m.at(i)) + pc.at(i)));
+        put<STREAM>(dx + i, pa.at(i) * g + (pb.at(i) * (load(x + i) - m.at(i)) + pc.at(i)));
       }
     }
   };
-  if (!dresidual) {
-    loop(Count<1>{}, Count<0>{});
-  } else if (dx) {
-    loop(Count<1>{}, Count<1>{});
+  if (!dx) {
+    loop(Count<0>{}, Count<1>{}, Count<0>{});
+  } else if (job.stream && aligned(dx) && (!dresidual || aligned(dresidual))) {
+    dresidual ? loop(Count<1>{}, Count<1>{}, Count<1>{}) : loop(Count<1>{}, Count<0>{}, Count<1>{});
   } else {
-    loop(Count<0>{}, Count<1>{});
+    dresidual ? loop(Count<1>{}, Count<1>{}, Count<0>{}) : loop(Count<1>{}, Count<0>{}, Count<0>{});
   }
   for (; i < n; ++i) {
     int64_t j = COLUMNS ? i : 0;

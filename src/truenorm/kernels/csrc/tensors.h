@@ -153,6 +153,7 @@ inline const Tensor& in_order(const Tensor& x, Order order, const Tensor& like, 
   return copy;
 }
 
+constexpr int64_t STREAMED = 1 << 24;  // bytes from which results are written past the caches
 constexpr int64_t WIDEST = 128;  // positions up to which contiguous maps are worked on as rows
 
 inline Job job_of(const Tensor& x, Order order) {
@@ -173,6 +174,8 @@ inline Job job_of(const Tensor& x, Order order) {
   }
   job.count = job.N * job.S;
   job.x = x.data();
+  int64_t bytes = job.dtype == Dtype::f64 ? 8 : job.dtype == Dtype::f32 ? 4 : 2;
+  job.stream = job.N * job.C * job.S * bytes >= STREAMED;
   return job;
 }
 

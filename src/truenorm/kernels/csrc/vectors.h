@@ -110,6 +110,21 @@ INLINE VD load(const double* p) {
 INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, BYTES); }
 INLINE void store(double* p, VD v) { __builtin_memcpy(p, &v, BYTES); }
 
+// Past the caches, which would read the line first: for what is larger than they are. Aligned.
+#if HALF == 2
+INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE void stream(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v); }
+INLINE void end_of_stream() { _mm_sfence(); }
+#elif HALF == 1
+INLINE void stream(float* p, VF v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE void stream(double* p, VD v) { _mm256_stream_pd(p, (__m256d)v); }
+INLINE void end_of_stream() { _mm_sfence(); }
+#else
+INLINE void stream(float* p, VF v) { store(p, v); }
+INLINE void stream(double* p, VD v) { store(p, v); }
+INLINE void end_of_stream() {}
+#endif
+
 typedef uint16_t V16 __attribute__((vector_size(BYTES / 2)));
 typedef uint32_t V32 __attribute__((vector_size(BYTES)));
 INLINE VF load(const bf16* p) {
@@ -144,6 +159,12 @@ INLINE void store(f16* p, VF v) {
   for (int64_t i = 0; i < LF; ++i) p[i] = narrow<f16>(v[i]);
 }
 #endif
+
+template <class T>
+INLINE void stream(T* p, VF v) {
+  store(p, v);
+}
+INLINE bool aligned(const void* p) { return (uintptr_t(p) & (BYTES - 1)) == 0; }
 
 // LD values as doubles.
 typedef float HalfF __attribute__((vector_size(BYTES / 2)));
