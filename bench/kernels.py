@@ -155,7 +155,7 @@ def main() -> None:
                         f"{harness.spread(ratios)} | {target}, {met} |"
                     )
                     print(lines[-1], flush=True)
-    if told.rounds > 5: harness.save("kernels", "\n".join([*lines, ""]), {"provenance": about, "rows": rows})
+    harness.save("kernels", "\n".join([*lines, ""]), {"provenance": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  autograd passes by place
         ctx: Any,
         x: Tensor,
         residual: Tensor | None,
@@ -43,6 +43,7 @@ class _BatchNormAct(torch.autograd.Function):
         found: list[bool],
     ) -> Tensor:
         number = _NUMBERS[act]
+        y: Tensor
         y, moments, told = torch.ops.truenorm.batch_norm_act(
             x, residual, weight, bias, *running, training, momentum, eps, number
         )

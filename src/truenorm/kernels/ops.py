@@ -165,30 +165,28 @@ def _take_over(library: ctypes.CDLL, *, torch_too: bool) -> None:
         raise RuntimeError("torch refused the kernels")
 
 
+def _shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    told = torch.library.get_ctx().new_dynamic_size()
+    moments = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return torch.empty_like(x), moments, x.new_empty((told,), dtype=torch.uint8)
+
+
+def _shapes_of_gradients(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, bias, mask = rest[2], rest[3], rest[-1]
+    of = x if bias is None else bias
+    column = x.new_empty(x.shape[1], dtype=(of if weight is None else weight).dtype)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    return tuple(
+        torch.empty_like(like if want else nothing)
+        for like, want in zip((x, column, column, x), mask, strict=True)
+    )
+
+
 @cache
 def _describe() -> None:
     """Tell torch the shapes that the operators of their own return, for tensors without data."""
-
-    @torch.library.register_fake("truenorm::batch_norm_act")
-    def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        told = torch.library.get_ctx().new_dynamic_size()
-        return (
-            torch.empty_like(x),
-            x.new_empty((2, x.shape[1]), dtype=torch.float64),
-            x.new_empty((told,), dtype=torch.uint8),
-        )
-
-    @torch.library.register_fake("truenorm::batch_norm_act_backward")
-    def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        weight, bias, mask = rest[2], rest[3], rest[-1]
-        of = weight if weight is not None else bias if bias is not None else x
-        wanted = [x, x.new_empty(x.shape[1], dtype=of.dtype)]
-        nothing = x.new_empty(0, dtype=torch.float32)
-        shapes = wanted[0], wanted[1], wanted[1], wanted[0]
-        return tuple(
-            torch.empty_like(like) if want else torch.empty_like(nothing)
-            for like, want in zip(shapes, mask, strict=True)
-        )
+    torch.library.register_fake("truenorm::batch_norm_act", _shapes)
+    torch.library.register_fake("truenorm::batch_norm_act_backward", _shapes_of_gradients)
 
 
 class _Users:

@@ -199,7 +199,7 @@ class BatchNorm(RunningStatistics):
 
     # -- forward -----------------------------------------------------------------------------
 
-    def forward(
+    def forward(  # noqa: PLR0912  the commonest case in the fewest calls
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Normalize, add ``residual``, activate.

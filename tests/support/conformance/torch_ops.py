@@ -2,8 +2,7 @@
 
 The samples are in torch's wheel (torch/testing/_internal/common_methods_invocations.py). Each is
 made into a layer in the state that the sample gives, and held against torch's function and against
-the formula in float64, both from the sample as it is. torch's ``opcheck`` asks about operators;
-TrueNorm registers none so far.
+the formula in float64, both from the sample as it is. torch's ``opcheck`` asks about operators.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import truenorm
 from conformance.cases import Case, need, need_close, refused
 from conformance.process import process_left_alone
+from truenorm.kernels.ops import kernels
 
 SUITE = "torch op_db"
 OPCHECK = "torch opcheck"
@@ -272,10 +272,41 @@ def ours() -> list[str]:
 
 
 def operators() -> Iterator[Case]:
-    """The operators that torch's ``opcheck`` has to be asked about."""
+    """The operators that torch's ``opcheck`` has to be asked about, and its questions."""
     yield Case(OPCHECK, "operators", "registered", "", _operators_are_checked)
+    if not kernels().live:
+        return
+    for name, samples in _samples_of_operators().items():
+        for example, arguments in samples.items():
+            yield Case(OPCHECK, name, "opcheck", example, partial(_opcheck, name, arguments))
+
+
+def _samples_of_operators() -> dict[str, dict[str, tuple[Any, ...]]]:
+    x, residual, grad = torch.randn(3, 4, 3, 5, 6)
+    weight, bias, mean = torch.randn(3, 3)
+    var, moments = torch.rand(3), torch.rand(2, 3, dtype=torch.float64)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "truenorm::batch_norm_act": {
+            "plain": (x, None, None, None, mean, var, True, 0.1, 1e-5, 0),
+            "all": (x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 1),
+            "evaluation": (x, None, weight, bias, mean, var, False, 0.0, 1e-5, 5),
+            "channels last": (last, None, weight, bias, mean, var, True, 0.1, 1e-5, 5),
+        },
+        "truenorm::batch_norm_act_backward": {
+            "all": (grad, x, residual, None, weight, bias, moments, True, 1e-5, 5, [True] * 4),
+            "output": (grad, x, None, x, weight, bias, moments, True, 1e-5, 1, [True] * 4),
+            "none": (grad, x, None, None, None, None, moments, True, 1e-5, 1, [False] * 4),
+        },
+    }
+
+
+def _opcheck(name: str, arguments: tuple[Any, ...]) -> None:
+    space, operator = name.split("::")
+    torch.library.opcheck(getattr(getattr(torch.ops, space), operator).default, arguments)
 
 
 def _operators_are_checked() -> None:
-    """There are none; whoever adds one gives it samples here and asks ``opcheck``."""
-    need(not ours(), f"no opcheck of {', '.join(ours())}")
+    """Whoever adds one gives it samples here, and ``opcheck`` is asked."""
+    missing = sorted({*ours()} - {*_samples_of_operators()})
+    need(not missing, f"no opcheck of {', '.join(missing)}")

@@ -1,0 +1,120 @@
+"""Residual and activation within the kernels: torch's composition of them, in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import truenorm
+from truenorm.kernels import fused, ops
+from truenorm.layers.functional import ACTIVATIONS
+
+pytestmark = pytest.mark.skipif(
+    not ops.kernels().live, reason=f"no kernels: {ops.kernels().reason}"
+)
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+def composed(x, weight, bias, running, training, act, residual):
+    y = F.batch_norm(x, *running, weight, bias, training, 0.1, 1e-5)
+    y = y if residual is None else y + residual
+    return y if act == "none" else ACTIVATIONS[act](y)
+
+
+def outcome(call, tensors, grad):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    running = torch.zeros_like(tensors[1]), torch.ones_like(tensors[1])
+    y = call(*leaves[:3], running, leaves[3])
+    return y, *torch.autograd.grad(y, [t for t in leaves if t is not None], grad), *running
+
+
+def test_the_names_are_those_of_the_layers():
+    assert set(fused.ACTIVATIONS) == {"none", *ACTIVATIONS}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("act", fused.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_it_is_the_composition_and_so_are_its_gradients(dtype, act, added, layout, training):
+    x, residual, grad = torch.randn(3, 6, 5, 12, 15, dtype=dtype)
+    x = (x * 3 + 1).contiguous(memory_format=LAYOUTS[layout])
+    weight, bias = torch.randn(2, 5, dtype=dtype)
+    tensors = x, weight, bias, residual if added else None
+
+    def ours(x, weight, bias, running, residual):
+        momentum = 0.1 if training else None
+        more = {"momentum": momentum, "act": act, "residual": residual}
+        return fused.batch_norm_act(x, (weight, bias), running, 1e-5, **more)[0]
+
+    def theirs(x, weight, bias, running, residual):
+        return composed(x, weight, bias, running, training, act, residual)
+
+    wide = [None if t is None else t.double() for t in tensors]
+    wanted = outcome(theirs, wide, grad.double())
+    # torch's hardsigmoid divides by 6 in float32, whatever the dtype
+    tolerance = 1e-7 if act == "hardsigmoid" else 0
+    for got, exact in zip(outcome(ours, tensors, grad), wanted, strict=True):
+        limit = max(tolerance, TOLERANCES[dtype]) * (1 + exact.abs().max())
+        assert (got - exact).abs().max() <= limit
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu", "gelu_tanh"])
+def test_gradients_and_their_gradients_are_those_of_differences(act, added):
+    x, residual = torch.randn(2, 3, 2, 3, 4, dtype=torch.float64)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, *((residual,) if added else ()))]
+
+    def call(x, weight, bias, residual=None):
+        running = torch.zeros_like(weight), torch.ones_like(weight)
+        more = {"momentum": 0.1, "act": act, "residual": residual}
+        return fused.batch_norm_act(x, (weight, bias), running, 1e-5, **more)[0]
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_neither_the_normalized_values_nor_those_before_the_activation_are_kept():
+    layer = truenorm.BatchNorm2d(8, act="silu")
+    x = torch.randn(16, 8, 20, 20, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("size", [6, 40], ids=["small", "large"])
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+def test_a_checkpoint_repeats_the_same_and_counts_once(act, size, reentrant):
+    x = torch.randn(8, 4, size, size)
+    layers = [truenorm.BatchNorm2d(4, act=act) for _ in range(2)]
+    found = []
+    for layer, repeats in zip(layers, (False, True), strict=True):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(layer, leaf, use_reentrant=reentrant) if repeats else layer(leaf)
+        y.square().sum().backward()
+        found.append((y.detach(), leaf.grad, layer.weight.grad))
+    for plain, repeated in zip(*found, strict=True):
+        assert torch.equal(plain, repeated)
+    for name, value in layers[0].state_dict().items():
+        assert torch.equal(value, layers[1].state_dict()[name]), name
+
+
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
+    layer = truenorm.BatchNorm2d(4, act="relu")
+    x = torch.randn(8, 4, 40, 40)
+    x[1, 2, 3, 4] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        layer(x, residual=x)
+        layer.eval()
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    assert layer.num_batches_tracked == 0
+    assert layer.skipped_batches == 1
