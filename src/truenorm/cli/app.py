@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 import truenorm
 from truenorm.cli.doctor import doctor, recalibrate
+from truenorm.cli.info import info
 from truenorm.cli.options import (
     DONE,
     INTERRUPTED,
@@ -32,7 +33,7 @@ app = App(
     version_flags=["--version"],
     help_format="plaintext",  # a line for each command; a reader of Markdown costs 50 ms
 )
-for _command in (train, compare, claims, predict, doctor, recalibrate, fold, export):
+for _command in (train, compare, claims, predict, doctor, recalibrate, fold, export, info):
     app.command(_command, help_format="markdown")
 app.register_install_completion_command(
     help="Install the completion of commands and options for this shell.", version_flags=[]

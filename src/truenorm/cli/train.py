@@ -114,6 +114,7 @@ def train(
     quiet
         Print nothing but the result.
     """
+    from truenorm.kernels.ops import keep_freed_memory
     from truenorm.report import run, run_page
 
     changes = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
@@ -123,6 +124,7 @@ def train(
         run.result(ended, as_json=json)
         return OUTCOMES.get(ended["stopped"], DONE)
     with run.following(work, quiet=quiet, as_json=json) as observe:
+        keep_freed_memory()
         outcome = work.execute(observe)
         page = run_page.render(work, outcome) if outcome.judgement is not None else None
         work.save(outcome, page)

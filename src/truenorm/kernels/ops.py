@@ -212,6 +212,22 @@ class _Users:
 _USERS = _Users()
 
 
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that tensors free, for the next ones; for its whole life.
+
+    glibc gives back to the system what is large as soon as it is free, and the system clears each
+    page anew when it is next asked for: a third of a training step on some machines. What was
+    reached stays taken, so that the process shrinks no more. Without glibc nothing changes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_MMAP_MAX, 0)  # nothing has a mapping of its own, which goes when it is freed
+        set_option(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
 class accelerate:  # called like a function, used like one
     """Run ``torch.nn``'s batch norms, in the whole process, on TrueNorm's kernels.
 
@@ -221,13 +237,18 @@ class accelerate:  # called like a function, used like one
     compiled or exported stays as it is, as do other devices. Where the kernels are not there
     nothing changes; ``live`` and ``reason`` say so.
 
+    Args:
+        keep_memory: also keep what tensors free, see :func:`keep_freed_memory`; not undone.
+
     Attributes:
         live: whether the kernels run.
         reason: why they do not, "" where they do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_memory: bool = False) -> None:
         found = kernels()
+        if keep_memory:
+            keep_freed_memory()
         self.live, self.reason = found.live, found.reason
         self._users: _Users | None = _USERS if found.live else None
         if self._users is not None:
