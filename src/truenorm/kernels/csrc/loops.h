@@ -147,7 +147,7 @@ INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i
                                 const Parameter<wide<T>, COLUMNS>& scale,
                                 const Parameter<wide<T>, COLUMNS>& offset) {
   typedef wide<T> A;
-  vec<A> g = load(dy + i);
+  vec<A> g = held(load(dy + i));
   if constexpr (MODE == RELU) {
     vec<A> z;
     if constexpr (OUTPUT) {
@@ -155,7 +155,7 @@ INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i
     } else {
       z = (load(x + i) - mean.at(i)) * scale.at(i) + offset.at(i);
     }
-    g = z <= 0 ? vec<A>{} : g;  // as torch: where the output is NaN the gradient passes
+    g = held(z <= 0 ? vec<A>{} : g);  // as torch: where the output is NaN the gradient passes
   }
   return g;
 }
@@ -437,7 +437,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       vec<A> s{}, q{}, t{};
       for (int64_t k = 0; k < decltype(rows)::value; ++k) {
         int64_t j = (row + k) * stride + i;
-        vec<A> g = load(dy + j), d = load(x + j) - at;
+        vec<A> g = held(load(dy + j)), d = load(x + j) - at;
         if constexpr (MODE == RELU) {
           vec<A> z;
           if constexpr (OUTPUT) {

@@ -166,6 +166,16 @@ INLINE void stream(T* p, VF v) {
 }
 INLINE bool aligned(const void* p) { return (uintptr_t(p) & (BYTES - 1)) == 0; }
 
+// Holds v in a register: what is loaded is not to become part of a masked load, which costs several
+// plain ones.
+template <class V>
+INLINE V held(V v) {
+#if HALF
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // LD values as doubles.
 typedef float HalfF __attribute__((vector_size(BYTES / 2)));
 INLINE VD load_double(const double* p) { return load(p); }
