@@ -28,6 +28,7 @@ conformance: .venv/ready-dev
 bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
 	$(BIN)/python bench/layers.py
+	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/small_batch.py
 	$(BIN)/python bench/doctor.py
 	$(BIN)/python bench/folding.py
