@@ -22,7 +22,8 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".abi3.so"))
 
     def copy_extensions_to_source(self) -> None:
-        if any(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+        made = (Path(self.build_lib, self.get_ext_filename(ext.name)) for ext in self.extensions)
+        if all(library.exists() for library in made):
             super().copy_extensions_to_source()
 
 
