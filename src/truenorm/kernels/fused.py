@@ -14,11 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = (
-    "none", "relu", "leaky_relu", "elu", "relu6", "silu", "gelu", "gelu_tanh", "mish", "selu",
-    "hardswish", "hardsigmoid", "sigmoid", "softplus", "tanh",
-)  # fmt: skip
-"""In the order of the kernels' own list."""
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "selu": F.selu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
+"""The activations, in the order of the kernels' own list, in which "none" comes first."""
+
+ACTIVATIONS = ("none", *OPERATIONS)
 
 SMALL = 1 << 14
 """Values up to which two nodes of torch's own cost less than one of Python's."""
@@ -93,7 +107,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if output is not None or act == "none":
             of_residual = grad if ctx.added else None
         else:
-            out = _OPERATIONS[act](out if residual is None else out + residual)
+            out = OPERATIONS[act](out if residual is None else out + residual)
         of = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, of, grad, create_graph=True))
     grads = [
@@ -112,24 +126,6 @@ def _slope(act: str, output: Tensor) -> Tensor:
         return torch.where(output > 0, 1.0, 0.01).to(output.dtype)
     inside = output > 0 if act == "relu" else (output > 0) & (output < 6)
     return inside.to(output.dtype)
-
-
-_OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "mish": F.mish,
-    "selu": F.selu,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
 
 
 def batch_norm_act(

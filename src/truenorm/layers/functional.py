@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truenorm.errors import InputError
+from truenorm.kernels.fused import OPERATIONS
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
 
@@ -328,19 +329,9 @@ def standardized(x: Tensor, mask: Tensor, axes: tuple[int, ...], eps: float) -> 
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    # The first three need only their result for the gradient, and may overwrite the input.
+    **OPERATIONS,
+    # These need only their result for the gradient, and may overwrite the input.
     "relu": torch.relu_,
     "leaky_relu": lambda x: F.leaky_relu(x, inplace=True),
     "elu": lambda x: F.elu(x, inplace=True),
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "mish": F.mish,
-    "selu": F.selu,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
 }
