@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import truenorm
-from truenorm.kernels import fused, ops
+from truenorm.kernels import build, fused, ops
 from truenorm.layers.functional import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(
@@ -32,8 +34,11 @@ def outcome(call, tensors, grad):
     return y, *torch.autograd.grad(y, [t for t in leaves if t is not None], grad), *running
 
 
-def test_the_names_are_those_of_the_layers():
+def test_the_names_are_those_of_the_layers_in_the_order_of_the_kernels():
     assert set(fused.ACTIVATIONS) == {"none", *ACTIVATIONS}
+    listed = (build.SOURCES / "job.h").read_text().partition("enum class Act")[2]
+    names = re.findall(r"\w+", listed.partition("{")[2].partition("}")[0])
+    assert [*fused.ACTIVATIONS, "count"] == names
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

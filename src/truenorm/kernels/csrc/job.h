@@ -4,6 +4,8 @@
 
 namespace truenorm {
 
+constexpr int64_t SMALL = 1 << 14;  // values that one thread handles sooner than it wakes others
+
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 // How the values of a channel lie.

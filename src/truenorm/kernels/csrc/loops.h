@@ -10,7 +10,6 @@ constexpr int64_t PART = 1 << 16;   // values of a channel that are summed in on
 constexpr int64_t BLOCK = 1024;     // columns that are worked on together (rows)
 constexpr int64_t TILE = 512;       // values between which an activation is looked up
 constexpr int64_t CHAIN = 8;        // vectors that are added up before they are widened
-constexpr int64_t SMALL = 1 << 14;  // values that one thread handles sooner than it wakes others
 constexpr int64_t SAMPLES = 8;
 
 template <int64_t N>

@@ -183,7 +183,7 @@ inline void in_parallel(int64_t count, void* context, Body body) {
   torch_parallel_for(0, count, 1, body, context);
 }
 inline void use_threads(Job& job) {
-  if (job.N * job.C * job.S <= 1 << 14) return;
+  if (job.N * job.C * job.S <= SMALL) return;
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
   job.threads = threads;
