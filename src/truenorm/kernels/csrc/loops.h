@@ -235,6 +235,11 @@ INLINE void widen_into(VD* sums, VF v) {
   sums[1] += upper(v);
 }
 INLINE void widen_into(VD* sums, VD v) { sums[0] += v; }
+INLINE void widen_onto(double* sums, VF v) {
+  store(sums, load(sums) + lower(v));
+  store(sums + LD, load(sums + LD) + upper(v));
+}
+INLINE void widen_onto(double* sums, VD v) { store(sums, load(sums) + v); }
 
 // `count` vectors of x - shift, and their squares, added up.
 template <int64_t count, class T>
@@ -349,40 +354,26 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
                          double* second) {
   int64_t i = 0;
   if constexpr (!EXACT) {
-    // Two vectors of columns, whose sums stay in registers down all rows.
-    auto down = [&](auto vectors) INLINE_LAMBDA {
-      constexpr int64_t V = decltype(vectors)::value;
-      VF by[V];
-      VD sums[V][2] = {}, squares[V][2] = {};
-      for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + i + v * LF);
-      auto chain = [&](const T* row, auto rows) INLINE_LAMBDA {
-        VF s[V] = {}, q[V] = {};
+    // A few rows at a time, along them, as memory is read fastest; what they give goes to `first`
+    // and `second`, which the nearest cache holds.
+    auto along = [&](const T* row, auto rows) INLINE_LAMBDA {
+      for (i = 0; i + LF <= n; i += LF) {
+        VF by = load(shift32 + i), s{}, q{};
         for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          for (int64_t v = 0; v < V; ++v) {
-            VF d = load(row + k * stride + i + v * LF) - by[v];
-            s[v] += d;
-            q[v] += d * d;
-          }
+          VF d = load(row + k * stride + i) - by;
+          s += d;
+          q += d * d;
         }
-        for (int64_t v = 0; v < V; ++v) {
-          widen_into(sums[v], s[v]);
-          widen_into(squares[v], q[v]);
-        }
-      };
-      int64_t r = r0;
-      for (; !mask && r + CHAIN <= r1; r += CHAIN) chain(x + r * stride, Count<CHAIN>{});
-      for (; r < r1; ++r) {
-        if (!mask || mask[r]) chain(x + r * stride, Count<1>{});
-      }
-      for (int64_t v = 0; v < V; ++v) {
-        for (int64_t h = 0; h < 2; ++h) {
-          store(first + i + v * LF + h * LD, sums[v][h]);
-          store(second + i + v * LF + h * LD, squares[v][h]);
-        }
+        widen_onto(first + i, s);
+        widen_onto(second + i, q);
       }
     };
-    for (; i + 2 * LF <= n; i += 2 * LF) down(Count<2>{});
-    for (; i + LF <= n; i += LF) down(Count<1>{});
+    int64_t r = r0;
+    for (; !mask && r + CHAIN <= r1; r += CHAIN) along(x + r * stride, Count<CHAIN>{});
+    for (; r < r1; ++r) {
+      if (!mask || mask[r]) along(x + r * stride, Count<1>{});
+    }
+    i = n / LF * LF;
   }
   for (int64_t r = r0; r < r1; ++r) {
     if (mask && !mask[r]) continue;
@@ -427,13 +418,10 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     }
     return;
   }
-  constexpr int64_t L = lanes<A>, HALVES = L / LD;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {  // a vector of columns, down all rows
-    VD sums[3][2] = {};
-    vec<A> at = load(mean + i), by = load(scale + i), to = load(offset + i);
-    auto chain = [&](int64_t row, auto rows) INLINE_LAMBDA {
-      vec<A> s{}, q{}, t{};
+  constexpr int64_t L = lanes<A>;
+  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {  // as in moments_rows
+    for (int64_t i = 0; i + L <= n; i += L) {
+      vec<A> at = load(mean + i), by = load(scale + i), to = load(offset + i), s{}, q{}, t{};
       for (int64_t k = 0; k < decltype(rows)::value; ++k) {
         int64_t j = (row + k) * stride + i;
         vec<A> g = held(load(dy + j)), d = load(x + j) - at;
@@ -448,19 +436,14 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
         }
         s += g, q += g * d, t += d;
       }
-      widen_into(sums[0], s);
-      widen_into(sums[1], q);
-      widen_into(sums[2], t);
-    };
-    int64_t row = r0;
-    for (; row + CHAIN <= r1; row += CHAIN) chain(row, Count<CHAIN>{});
-    for (; row < r1; ++row) chain(row, Count<1>{});
-    for (int64_t h = 0; h < HALVES; ++h) {
-      store(first + i + h * LD, sums[0][h]);
-      store(second + i + h * LD, sums[1][h]);
-      store(third + i + h * LD, sums[2][h]);
+      widen_onto(first + i, s);
+      widen_onto(second + i, q);
+      widen_onto(third + i, t);
     }
-  }
+  };
+  for (; r + CHAIN <= r1; r += CHAIN) along(r, Count<CHAIN>{});
+  for (; r < r1; ++r) along(r, Count<1>{});
+  int64_t i = n / L * L;
   for (; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
