@@ -10,6 +10,7 @@ constexpr int64_t PART = 1 << 16;   // values of a channel that are summed in on
 constexpr int64_t BLOCK = 1024;     // columns that are worked on together (rows)
 constexpr int64_t TILE = 512;       // values between which an activation is looked up
 constexpr int64_t CHAIN = 8;        // vectors that are added up before they are widened
+constexpr int64_t ABREAST = HALF == 2 ? 4 : 2;  // vectors of columns whose sums registers hold
 constexpr int64_t SAMPLES = 8;
 
 template <int64_t N>
@@ -356,17 +357,28 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
   if constexpr (!EXACT) {
     // A few rows at a time, along them, as memory is read fastest; what they give goes to `first`
     // and `second`, which the nearest cache holds.
-    auto along = [&](const T* row, auto rows) INLINE_LAMBDA {
-      for (i = 0; i + LF <= n; i += LF) {
-        VF by = load(shift32 + i), s{}, q{};
+    auto step = [&](const T* row, auto rows, auto vectors) INLINE_LAMBDA {
+      constexpr int64_t V = decltype(vectors)::value;
+      for (; i + V * LF <= n; i += V * LF) {
+        VF by[V], s[V] = {}, q[V] = {};
+        for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + i + v * LF);
         for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          VF d = load(row + k * stride + i) - by;
-          s += d;
-          q += d * d;
+          for (int64_t v = 0; v < V; ++v) {
+            VF d = load(row + k * stride + i + v * LF) - by[v];
+            s[v] += d;
+            q[v] += d * d;
+          }
         }
-        widen_onto(first + i, s);
-        widen_onto(second + i, q);
+        for (int64_t v = 0; v < V; ++v) {
+          widen_onto(first + i + v * LF, s[v]);
+          widen_onto(second + i + v * LF, q[v]);
+        }
       }
+    };
+    auto along = [&](const T* row, auto rows) INLINE_LAMBDA {
+      i = 0;
+      step(row, rows, Count<ABREAST>{});
+      step(row, rows, Count<1>{});
     };
     int64_t r = r0;
     for (; !mask && r + CHAIN <= r1; r += CHAIN) along(x + r * stride, Count<CHAIN>{});
@@ -419,32 +431,42 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     return;
   }
   constexpr int64_t L = lanes<A>;
-  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {  // as in moments_rows
-    for (int64_t i = 0; i + L <= n; i += L) {
-      vec<A> at = load(mean + i), by = load(scale + i), to = load(offset + i), s{}, q{}, t{};
+  int64_t i = 0;
+  auto step = [&](int64_t row, auto rows, auto vectors) INLINE_LAMBDA {  // as in moments_rows
+    constexpr int64_t V = decltype(vectors)::value;
+    for (; i + V * L <= n; i += V * L) {
+      vec<A> s[V] = {}, q[V] = {}, t[V] = {};
       for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-        int64_t j = (row + k) * stride + i;
-        vec<A> g = held(load(dy + j)), d = load(x + j) - at;
-        if constexpr (MODE == RELU) {
-          vec<A> z;
-          if constexpr (OUTPUT) {
-            z = load(out + j);
-          } else {
-            z = d * by + to;
+        for (int64_t v = 0; v < V; ++v) {
+          int64_t to = i + v * L, j = (row + k) * stride + to;
+          vec<A> g = held(load(dy + j)), d = load(x + j) - load(mean + to);
+          if constexpr (MODE == RELU) {
+            vec<A> z;
+            if constexpr (OUTPUT) {
+              z = load(out + j);
+            } else {
+              z = d * load(scale + to) + load(offset + to);
+            }
+            g = z <= 0 ? vec<A>{} : g;
           }
-          g = z <= 0 ? vec<A>{} : g;
+          s[v] += g, q[v] += g * d, t[v] += d;
         }
-        s += g, q += g * d, t += d;
       }
-      widen_onto(first + i, s);
-      widen_onto(second + i, q);
-      widen_onto(third + i, t);
+      for (int64_t v = 0; v < V; ++v) {
+        widen_onto(first + i + v * L, s[v]);
+        widen_onto(second + i + v * L, q[v]);
+        widen_onto(third + i + v * L, t[v]);
+      }
     }
+  };
+  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {
+    i = 0;
+    step(row, rows, Count<ABREAST>{});
+    step(row, rows, Count<1>{});
   };
   for (; r + CHAIN <= r1; r += CHAIN) along(r, Count<CHAIN>{});
   for (; r < r1; ++r) along(r, Count<1>{});
-  int64_t i = n / L * L;
-  for (; i < n; ++i) {
+  for (i = n / L * L; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
       double g = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
