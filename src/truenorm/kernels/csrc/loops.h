@@ -348,6 +348,22 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
   }
 }
 
+// A few rows at a time, along their columns, as memory is read fastest: f(row, column, rows,
+// vectors) for all whole vectors of L of `n` columns in rows [r0, r1) that the mask, if any, shows.
+template <int64_t L, class F>
+INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, F f) {
+  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {
+    int64_t i = 0;
+    for (; i + ABREAST * L <= n; i += ABREAST * L) f(row, i, rows, Count<ABREAST>{});
+    for (; i + L <= n; i += L) f(row, i, rows, Count<1>{});
+  };
+  int64_t r = r0;
+  for (; !mask && r + CHAIN <= r1; r += CHAIN) along(r, Count<CHAIN>{});
+  for (; r < r1; ++r) {
+    if (!mask || mask[r]) along(r, Count<1>{});
+  }
+}
+
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
 template <class T, bool EXACT>
 INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
@@ -355,36 +371,24 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
                          double* second) {
   int64_t i = 0;
   if constexpr (!EXACT) {
-    // A few rows at a time, along them, as memory is read fastest; what they give goes to `first`
-    // and `second`, which the nearest cache holds.
-    auto step = [&](const T* row, auto rows, auto vectors) INLINE_LAMBDA {
+    // What the rows give goes to `first` and `second`, which the nearest cache holds.
+    auto step = [&](int64_t row, int64_t column, auto rows, auto vectors) INLINE_LAMBDA {
       constexpr int64_t V = decltype(vectors)::value;
-      for (; i + V * LF <= n; i += V * LF) {
-        VF by[V], s[V] = {}, q[V] = {};
-        for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + i + v * LF);
-        for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          for (int64_t v = 0; v < V; ++v) {
-            VF d = load(row + k * stride + i + v * LF) - by[v];
-            s[v] += d;
-            q[v] += d * d;
-          }
-        }
+      VF by[V], s[V] = {}, q[V] = {};
+      for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + column + v * LF);
+      for (int64_t k = 0; k < decltype(rows)::value; ++k) {
         for (int64_t v = 0; v < V; ++v) {
-          widen_onto(first + i + v * LF, s[v]);
-          widen_onto(second + i + v * LF, q[v]);
+          VF d = load(x + (row + k) * stride + column + v * LF) - by[v];
+          s[v] += d;
+          q[v] += d * d;
         }
       }
+      for (int64_t v = 0; v < V; ++v) {
+        widen_onto(first + column + v * LF, s[v]);
+        widen_onto(second + column + v * LF, q[v]);
+      }
     };
-    auto along = [&](const T* row, auto rows) INLINE_LAMBDA {
-      i = 0;
-      step(row, rows, Count<ABREAST>{});
-      step(row, rows, Count<1>{});
-    };
-    int64_t r = r0;
-    for (; !mask && r + CHAIN <= r1; r += CHAIN) along(x + r * stride, Count<CHAIN>{});
-    for (; r < r1; ++r) {
-      if (!mask || mask[r]) along(x + r * stride, Count<1>{});
-    }
+    along_rows<LF>(r0, r1, n, mask, step);
     i = n / LF * LF;
   }
   for (int64_t r = r0; r < r1; ++r) {
@@ -431,42 +435,28 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     return;
   }
   constexpr int64_t L = lanes<A>;
-  int64_t i = 0;
-  auto step = [&](int64_t row, auto rows, auto vectors) INLINE_LAMBDA {  // as in moments_rows
+  const Parameter<A, true> m(mean), ks(scale), o(offset);
+  auto step = [&](int64_t row, int64_t column, auto rows, auto vectors) INLINE_LAMBDA {
     constexpr int64_t V = decltype(vectors)::value;
-    for (; i + V * L <= n; i += V * L) {
-      vec<A> s[V] = {}, q[V] = {}, t[V] = {};
-      for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-        for (int64_t v = 0; v < V; ++v) {
-          int64_t to = i + v * L, j = (row + k) * stride + to;
-          vec<A> g = held(load(dy + j)), d = load(x + j) - load(mean + to);
-          if constexpr (MODE == RELU) {
-            vec<A> z;
-            if constexpr (OUTPUT) {
-              z = load(out + j);
-            } else {
-              z = d * load(scale + to) + load(offset + to);
-            }
-            g = z <= 0 ? vec<A>{} : g;
-          }
-          s[v] += g, q[v] += g * d, t[v] += d;
-        }
-      }
+    vec<A> s[V] = {}, q[V] = {}, t[V] = {};
+    for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+      int64_t at = (row + k) * stride;
       for (int64_t v = 0; v < V; ++v) {
-        widen_onto(first + i + v * L, s[v]);
-        widen_onto(second + i + v * L, q[v]);
-        widen_onto(third + i + v * L, t[v]);
+        int64_t i = column + v * L;
+        vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
+                                                      m, ks, o);
+        vec<A> d = load(x + at + i) - m.at(i);
+        s[v] += g, q[v] += g * d, t[v] += d;
       }
     }
+    for (int64_t v = 0; v < V; ++v) {
+      widen_onto(first + column + v * L, s[v]);
+      widen_onto(second + column + v * L, q[v]);
+      widen_onto(third + column + v * L, t[v]);
+    }
   };
-  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {
-    i = 0;
-    step(row, rows, Count<ABREAST>{});
-    step(row, rows, Count<1>{});
-  };
-  for (; r + CHAIN <= r1; r += CHAIN) along(r, Count<CHAIN>{});
-  for (; r < r1; ++r) along(r, Count<1>{});
-  for (i = n / L * L; i < n; ++i) {
+  along_rows<L>(r, r1, n, nullptr, step);
+  for (int64_t i = n / L * L; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
       double g = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
