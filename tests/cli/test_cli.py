@@ -15,6 +15,7 @@ from children import heed_ctrl_c
 from samples import blobs
 from truenorm import InputError, ModelSpec
 from truenorm.cli.train import NewRun
+from truenorm.kernels import ops
 
 QUICK = ("--data", "iris", "--epochs", 3)
 RESULT_KEYS = {
@@ -72,6 +73,38 @@ def test_options_reach_the_config(cli, tmp_path):
     assert (train["min_delta"], train["threads"], train["weight_decay"]) == (0.01, 1, 0.1)
     assert (spec["norm"], spec["widths"]) == ("rms", [7, 5])
     assert json.loads((tmp_path / "r" / "result.json").read_text())["threads"] == 1
+
+
+@pytest.fixture
+def kernels_that_are_not_there(monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "nonsense")
+    ops.kernels.cache_clear()
+    yield
+    monkeypatch.undo()
+    ops.kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("kernels_that_are_not_there")
+@pytest.mark.parametrize(
+    "tokens",
+    [("train", *QUICK), ("compare", "--data", "iris", "--seeds", 2), ("claims", "small-batch")],
+    ids=lambda tokens: tokens[0],
+)
+def test_kernels_that_are_not_there_are_refused_before_anything_is_written(cli, tmp_path, tokens):
+    code, _, err = cli(*tokens)
+    assert code == 2
+    assert f"{ops.VARIABLE} must be auto, torch, " in err
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_info_says_what_batch_norm_runs_on(cli):
+    found = ops.kernels()
+    code, out, _ = cli("info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["kernels"], facts["reason"]) == (found.instructions or "torch", found.reason)
+    _, out, _ = cli("info")
+    assert f"TrueNorm's, for {found.instructions}" in out or f"torch's; {found.reason}" in out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from truenorm.data.datasets import Uncut
 from truenorm.errors import InputError, choose
+from truenorm.kernels.ops import kernels
 from truenorm.studies.cluster import RayPool
 from truenorm.studies.store import Store
 from truenorm.studies.trial import Row, Trial
@@ -50,6 +51,7 @@ def runner_of(
     observe: StudyObserver | None = None,
 ) -> Iterator[Runner]:
     """What runs trials over ``uncut`` and keeps their rows, until the body ends."""
+    kernels()  # what no run could use is refused once, not by every run
     pool = _pool(engine, uncut, processes)
     with Store(None if store is None else Path(store)) as opened, pool:
         yield Runner(opened, pool, uncut.fingerprint(), examples, retry, observe)

@@ -16,7 +16,7 @@ from truenorm.data.datasets import Splits
 from truenorm.data.reading import Reading
 from truenorm.errors import InputError
 from truenorm.factories import is_factory
-from truenorm.kernels.ops import use
+from truenorm.kernels.ops import kernels, use
 from truenorm.models import ModelSpec, build
 from truenorm.training.config import recipe as recipe_for
 from truenorm.training.devices import device_of, threads
@@ -177,6 +177,7 @@ def start(
     """
     changes = changes or {}
     recipe_for(recipe, spec.name, 1, **changes)  # refuse a bad value before reading any data
+    kernels()
     reading = reading or Reading()
     splits = sources.uncut(data, target=target, reading=reading).cut(changes.get("seed", 0))
     source = data if data in sources.EMBEDDED else str(Path(data).absolute())
