@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import truenorm
@@ -122,3 +124,48 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
     assert torch.equal(layer.running_mean, torch.zeros(4))
     assert layer.num_batches_tracked == 0
     assert layer.skipped_batches == 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+def test_what_changes_along_a_direction_is_the_derivative(training, added):
+    layer = truenorm.BatchNorm2d(16, act="silu", dtype=torch.float64).train(training)
+    x, residual, along = torch.randn(3, 8, 16, 20, 20, dtype=torch.float64)  # not small
+
+    def run(x):
+        return layer(x, residual=residual if added else None)
+
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(x, along))).tangent
+    expected = (run(x + 1e-5 * along) - run(x - 1e-5 * along)) / 2e-5
+    assert torch.allclose(tangent, expected, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_traced_layer_can_be_written_and_read(training):
+    layer = truenorm.BatchNorm2d(16, act="relu").train(training)
+    x = torch.randn(8, 16, 20, 20)
+    kept = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x, check_trace=False), kept)
+    kept.seek(0)
+    assert torch.allclose(torch.jit.load(kept)(x), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["evaluation", "frozen"])
+def test_by_the_running_statistics_it_is_the_composition(frozen, added):
+    layer = truenorm.BatchNorm2d(5, act="elu")
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean):
+            tensor.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    layer.frozen = frozen
+    layer.train(frozen)
+    x, residual = torch.randn(2, 3, 5, 7, 7)
+    running, affine = (layer.running_mean, layer.running_var), (layer.weight, layer.bias)
+    given = residual if added else None
+    expected = composed(x, affine, running, training=False, act="elu", residual=given)
+    assert torch.allclose(layer(x, residual=given), expected, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(layer(x, residual=given), expected, atol=1e-6)

@@ -101,12 +101,12 @@ def test_frozen_holds_them_in_training():
     tn.convert(model, to="frozen")
     tn.assert_frozen(model)
     state = copy.deepcopy(model.state_dict())
-    assert torch.equal(model.train()(X), expected)
+    assert_close(model.train()(X), expected)
     assert same_state(model.state_dict(), state)
     assert sorted(state) == sorted(keys)
     tn.convert(model, to="unfrozen")
     assert model[0].weight.requires_grad
-    assert not torch.equal(model.train()(X), expected)
+    assert (model.train()(X) - expected).abs().max() > 0.1
 
 
 def test_frozen_goes_back_to_its_class_by_modes():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -128,6 +129,11 @@ def _slope(act: str, output: Tensor) -> Tensor:
     return inside.to(output.dtype)
 
 
+def serves() -> bool:
+    """Whether a node of Python's can stand here: no forward-mode gradient, no tracing of jit's."""
+    return forward_ad._current_level < 0 and torch._C._get_tracing_state() is None
+
+
 def batch_norm_act(
     x: Tensor,
     affine: tuple[Tensor | None, Tensor | None],
@@ -155,8 +161,14 @@ def batch_norm_act(
     training = momentum is not None
     # Past autograd's count of versions, as in ops.batch_norm.
     statistics = running[0].data, running[1].data
+    y: Tensor
+    if not torch.is_grad_enabled():  # a node of Python's costs more than a small layer
+        y, _, told = torch.ops.truenorm.batch_norm_act(
+            x, residual, *affine, *statistics, training, momentum or 0.0, eps, _NUMBERS[act]
+        )
+        return y, told.numel() == 0
     found: list[bool] = []
-    y: Tensor = _BatchNormAct.apply(  # type: ignore[no-untyped-call]
+    y = _BatchNormAct.apply(  # type: ignore[no-untyped-call]
         x, residual, *affine, statistics, training, momentum or 0.0, eps, act, found
     )
     return y, found[0]

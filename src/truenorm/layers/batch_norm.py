@@ -252,8 +252,11 @@ class BatchNorm(RunningStatistics):
                 if not ops.live():
                     out = self._by_torch(input, affine, running, momentum)
                     return out if act is None else ACTIVATIONS[act](out)
-                if residual is None and (act is None or input.numel() <= fused.SMALL):
+                apart = residual is None and (act is None or input.numel() <= fused.SMALL)
+                if apart or not fused.serves():
                     out, finite = ops.batch_norm(input, affine, running, momentum, eps)
+                    if residual is not None:
+                        out = out + residual
                     if act is not None:
                         out = ACTIVATIONS[act](out)
                 else:
@@ -273,6 +276,8 @@ class BatchNorm(RunningStatistics):
         if not isinstance(input, Tensor):
             return traced(self, input, mask, residual)
         self._check_input_dim(input)
+        if mask is None and self._at_once(input, residual):
+            return self._by_running(input, residual)
         if mask is not None:
             mask = functional.valid(mask, input)
             input = torch.where(mask, input, 0)
@@ -282,6 +287,20 @@ class BatchNorm(RunningStatistics):
         if self._options.act is not None:
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
+
+    def _at_once(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether the kernels can do all that follows from the running statistics in one sweep."""
+        return (
+            (self._options.frozen or not self.training)
+            and self._buffers.get("running_mean") is not None
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.numel() > 0
+            and not (captured() or wrapped(x))
+            and (residual is None or _like(residual, x))
+            and ops.live()
+            and fused.serves()
+        )
 
     def _torch_serves(self, x: Tensor, mean: Tensor, residual: Tensor | None) -> bool:
         """Whether torch's kernel can do all in one go, for an input that is not far from 0."""
@@ -313,7 +332,7 @@ class BatchNorm(RunningStatistics):
         if self.running_mean is None:
             _refuse_without_statistics(options)
         if options.frozen or not (self.training or self.running_mean is None):
-            return self._by_running(x)
+            return self._by_running_of_torch(x)
         if mask is not None or (self.training and options.sync):
             return self._by_moments(x, mask)
         sizes = options.ghost_sizes(x.shape[0], x.shape[2:].numel()) if self.training else None
@@ -335,7 +354,14 @@ class BatchNorm(RunningStatistics):
             bias = bias.to(dtype)
         return weight, bias
 
-    def _by_running(self, x: Tensor) -> Tensor:
+    def _by_running(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        mean, var, _ = self._statistics()
+        affine, act = (self.weight, self.bias), self._options.act or "none"
+        return fused.batch_norm_act(
+            x, affine, (mean, var), self._eps, momentum=None, act=act, residual=residual
+        )[0]
+
+    def _by_running_of_torch(self, x: Tensor) -> Tensor:
         mean, var, _ = self._statistics()
         dtype = functional.statistics_dtype(x)
         if mean.dtype != dtype:
