@@ -141,7 +141,7 @@ def test_what_changes_along_a_direction_is_the_derivative(training, added):
     assert torch.allclose(tangent, expected, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_a_traced_layer_can_be_written_and_read(training):
     layer = truenorm.BatchNorm2d(16, act="relu").train(training)
