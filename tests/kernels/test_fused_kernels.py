@@ -126,6 +126,7 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
     assert layer.skipped_batches == 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, of its first use
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
 def test_what_changes_along_a_direction_is_the_derivative(training, added):
