@@ -101,6 +101,13 @@ class Call:
         )
 
 
+def call_with(model: nn.Module, example: Any) -> Any:
+    """The model's output for the arguments of one forward: a dict by name, a tensor, or several."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*((example,) if isinstance(example, Tensor) else example))
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer of ``model`` is; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -76,6 +76,8 @@ class ModuleCall:
         tensors: the number of tensors among its arguments.
         first: number of the first node that could be made during the call.
         end: the number after that of the last one.
+        caller: dotted name of the module whose forward made the call; "" for the model itself, and
+            for the call of the model.
     """
 
     module: str
@@ -84,6 +86,7 @@ class ModuleCall:
     tensors: int = 1
     first: int = 0
     end: int = 0
+    caller: str = ""
 
 
 @dataclass
@@ -297,7 +300,8 @@ def _observed(module: nn.Module, name: str, recorder: _Recorder) -> Callable[[],
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
         given = list(tensors_in((args, kwargs)))
         taken = recorder.number_of(given[0]) if given else None
-        call = ModuleCall(name, taken, None, len(given), len(nodes))
+        caller = recorder.running[-1]
+        call = ModuleCall(name, taken, None, len(given), len(nodes), caller=caller)
         open_calls.append(call)
         recorder.flow.calls.append(call)
         recorder.running.append(name)

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.utils import parametrize
 
+from truenorm.calling.flow import Flow
 from truenorm.errors import InputError, choose
 from truenorm.layers import batch_norm as layers
-from truenorm.layers import norms
+from truenorm.layers import fusion, norms
 from truenorm.layers.attributes import check_eps
 from truenorm.layers.batch_norm import BatchNorm
 from truenorm.layers.foreign import (
@@ -233,12 +234,16 @@ def converted(model: nn.Module, *, to: Target, where: Where = None, **settings: 
     """As :func:`convert`, but what was left is told by the result alone."""
     choose("target", to, get_args(Target))
     _check(to, settings)
+    fuse, example = settings.pop("fuse", False), settings.get("example")
+    if to == "truenorm":
+        settings.pop("example", None)
     chosen = _selector(where)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         known = isinstance(module, norms.NORMS) or frozen_statistics(module)
         if known or (to == "frozen" and other_statistics(module)):
             names.setdefault(module, []).append(name)
+    flow = fusion.observe(model, example) if fuse else None  # before anything is changed
     change = _change(to, settings, model, names)
     rows = []
     for module, aliases in names.items():
@@ -253,7 +258,28 @@ def converted(model: nn.Module, *, to: Target, where: Where = None, **settings: 
         shared = f"one layer, also {', '.join(aliases[1:])}" if aliases[1:] else ""
         note = "; ".join(part for part in (note, shared) if part)
         rows.append(ConvertedNorm(aliases[0], before, after, "changed", note))
+    if flow is not None:
+        rows = _fused(model, dict(zip(names, rows, strict=True)), flow, example)
     return Conversion(model, tuple(rows))
+
+
+def _fused(
+    model: nn.Module, rows: dict[nn.Module, ConvertedNorm], flow: Flow, example: Any
+) -> list[ConvertedNorm]:
+    """Let the selected batch norms take in what follows them; the rows say so."""
+    norms = [
+        layer
+        for layer, row in rows.items()
+        if row.outcome in ("changed", "already")
+        and isinstance(layer, BatchNorm)
+        and not isinstance(layer, Fused)
+    ]
+    for layer, told in fusion.fuse(model, norms, flow, example).items():
+        row, after = rows[layer], _described(layer)
+        note = "; ".join(part for part in (row.note if row.changed else "", told) if part)
+        outcome: Outcome = "changed" if after != row.before else row.outcome
+        rows[layer] = dataclasses.replace(row, after=after, outcome=outcome, note=note)
+    return list(rows.values())
 
 
 def _selector(where: Where) -> Callable[[str, nn.Module], bool]:
@@ -273,7 +299,7 @@ def _check(to: Target, settings: dict[str, Any]) -> None:
     """Raise InputError for a setting that ``to`` does not take, or one that it lacks."""
     options = {f.name for f in dataclasses.fields(Options)}
     allowed = {
-        "truenorm": options,
+        "truenorm": options | {"fuse", "example"},
         "sync": {"group"},
         "ghost": {"ghost"},
         "renorm": {"renorm"},
@@ -290,10 +316,16 @@ def _check(to: Target, settings: dict[str, Any]) -> None:
         raise InputError("to='ghost' needs the setting ghost, the number of examples in a group.")
     if to == "per-call" and "example" not in settings:
         raise InputError("to='per-call' needs the setting example, the arguments of one forward.")
+    if to == "truenorm" and bool(settings.get("fuse")) is not ("example" in settings):
+        raise InputError(
+            "fuse=True needs the setting example, the arguments of one forward, by which it is "
+            "proved; without fuse=True there is no use for one."
+        )
     if "eps" in settings:
         check_eps(settings["eps"])
     if to not in _OTHER:
-        Options(**_options(to, settings))
+        given = {name: settings[name] for name in settings.keys() - {"fuse", "example"}}
+        Options(**_options(to, given))
 
 
 _KINDS = ("group", "layer", "instance", "rms", "none")  # that take a batch norm's place

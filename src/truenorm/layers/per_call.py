@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from truenorm.calling.borrowing import borrowed, to_eval
+from truenorm.calling.call import call_with
 from truenorm.errors import InputError
 
 
@@ -58,8 +59,5 @@ def count_calls(model: nn.Module, layers: list[nn.Module], example: Any) -> dict
         to_eval(model)
         for layer in layers:
             layer.register_forward_pre_hook(count)
-        if isinstance(example, dict):
-            model(**example)
-        else:
-            model(*((example,) if isinstance(example, Tensor) else example))
+        call_with(model, example)
     return calls

@@ -1,0 +1,440 @@
+"""What stands behind a norm, a residual and an activation, taken into the norm.
+
+Whose forward calls norm and activation is seen on one forward of the model; that nothing else
+takes what lies between them is read off the graph of that forward; that outputs, gradients and
+running statistics stay is proved by running it both ways, on what it was given in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from truenorm.calling.borrowing import Randoms, borrowed, to_eval
+from truenorm.calling.call import call_with
+from truenorm.calling.flow import Flow, flow_of
+from truenorm.calling.nested import mapped, tensors_in
+from truenorm.errors import InputError
+from truenorm.kernels.fused import OPERATIONS
+from truenorm.layers import rewriting
+from truenorm.layers.batch_norm import BatchNorm
+
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the norm; half precision 0.05
+# A ReLU may tell a value beside 0 the other way, of which a gradient is all or nothing.
+
+_GRID = torch.cat((torch.linspace(-30, 30, 1201), torch.tensor([-1e3, 1e3]))).double()
+_NAMES = {name + end for name in OPERATIONS for end in ("", "_")} | {"hardtanh", "hardtanh_"}
+
+
+class _Left(Exception):
+    """A norm stays without what follows it; the text says why."""
+
+
+class _Calls:
+    """Who called which module how often, in one forward of a model."""
+
+    def __init__(self, model: nn.Module, flow: Flow) -> None:
+        self.flow, self._named = flow, dict(model.named_modules())
+        self._names = {module: name for name, module in self._named.items()}
+        self.by: dict[nn.Module, Counter[nn.Module]] = {m: Counter() for m in self._names}
+        for call in flow.calls:
+            self.by[self._named[call.module]][self._named[call.caller]] += 1
+
+    def only(self, module: nn.Module, by: nn.Module, places: int) -> bool:
+        """Whether all calls of ``module`` are those of ``by``, in so many places of its forward."""
+        return set(self.by[module]) == {by} and self.of(module) == places * self.of(by)
+
+    def of(self, module: nn.Module) -> int:
+        """How often it was called."""
+        return self.by[module].total()
+
+    def alone_behind(self, norm: nn.Module) -> set[nn.Module]:
+        """What each call of ``norm`` gave its output to, and to nothing beside it."""
+        nodes, found = self.flow.nodes, set()
+        for call in self.flow.calls_of(self._names[norm]):
+            users = set() if call.output is None else set(nodes[call.output].outputs)
+            takers = (
+                self._named[other.module]
+                for other in self.flow.calls
+                if (other.caller, other.input) == (call.caller, call.output)
+                and call.output not in self.flow.results
+                and users.issubset(range(other.first, other.end))
+            )
+            found.add(next(takers, norm))
+        return found
+
+
+@dataclass
+class _Block:
+    """A module whose forward calls norms, and what stands behind them there.
+
+    Attributes:
+        module: that module.
+        graph: of its forward.
+        fusions: the nodes of each: norm, addition if there is one, activation.
+        acts: the activation of each norm.
+        spare: names, below the module, of activations that will have nothing left to do.
+        rewrites: whether the forward must change; else the spare ones do nothing in it.
+    """
+
+    module: nn.Module
+    graph: Graph
+    fusions: list[tuple[Node, ...]] = field(default_factory=list)
+    acts: dict[BatchNorm, str] = field(default_factory=dict)
+    spare: set[str] = field(default_factory=set)
+    rewrites: bool = False
+
+    def module_of(self, node: Node) -> nn.Module | None:
+        """What a node calls, if that is a module."""
+        if node.op != "call_module":
+            return None
+        return self.module.get_submodule(str(node.target))
+
+    def nodes_of(self, module: nn.Module) -> list[Node]:
+        """The calls of ``module``."""
+        return [node for node in self.graph.nodes if self.module_of(node) is module]
+
+    def find(self, norm: BatchNorm, calls: _Calls) -> None:
+        """Note what can be taken into ``norm``."""
+        nodes = self.nodes_of(norm)
+        if not calls.only(norm, self.module, len(nodes)):
+            raise _Left("it is called from several places")
+        behind = [self._behind(node) for node in nodes]
+        acts = {act for act, _ in behind}
+        if len(acts) > 1:
+            raise _Left(f"it is called for {' and for '.join(sorted(acts))}")
+        self.acts[norm] = acts.pop()
+        self.fusions += [fusion for _, fusion in behind]
+
+    def _behind(self, norm: Node) -> tuple[str, tuple[Node, ...]]:
+        """The activation behind a call of a norm, and the nodes from there to it."""
+        if len(norm.args) != 1 or norm.kwargs:
+            raise _Left("it is called with more than a tensor")
+        follower = self._only_user(norm)
+        if (act := self._activation(follower)) is not None:
+            return act, (norm, follower)
+        if follower.op == "output":
+            raise _Left(f"its output is that of {type(self.module).__qualname__}")
+        if follower.target not in rewriting.ADDS:
+            raise _Left(f"{self._word(follower)} takes its output, and is no activation")
+        first, *others = follower.args
+        if follower.kwargs or len(others) != 1 or not all(isinstance(a, Node) for a in others):
+            raise _Left(f"{follower.name} adds no tensor to its output")
+        if first is not norm and follower.target not in (operator.add, torch.add, "add"):
+            raise _Left(f"{follower.name} writes into the tensor that its output is added to")
+        if any(follower in fusion for fusion in self.fusions):
+            raise _Left(f"{follower.name} adds two norms; the other one takes it in")
+        last = self._only_user(follower)
+        act = self._activation(last)
+        if act is None:
+            raise _Left(f"{self._word(last)} follows {follower.name}, and is no activation")
+        return act, (norm, follower, last)
+
+    def _word(self, node: Node) -> str:
+        module = self.module_of(node)
+        return node.name if module is None else f"{node.target} ({type(module).__name__})"
+
+    def _only_user(self, node: Node) -> Node:
+        users = list(node.users)
+        if len(users) != 1:
+            raise _Left(f"{node.name} is taken by {len(users)} operations, not by one")
+        return users[0]
+
+    def _activation(self, node: Node) -> str | None:
+        """The name of the activation that a node is, by what it does to numbers."""
+        tensors, rest = node.args[:1], node.args[1:]
+        if not (tensors and isinstance(tensors[0], Node)) or node.all_input_nodes != [*tensors]:
+            return None
+        module = self.module_of(node)
+        if module is not None:
+            return None if rest or node.kwargs else _activation_of_module(module)
+        name = getattr(node.target, "__name__", node.target)
+        if name not in _NAMES:
+            return None
+        function: Any = node.target
+        if node.op == "call_method":
+            function = getattr(Tensor, str(node.target))
+        return _same_as(lambda x: function(x, *rest, **node.kwargs))
+
+    def settle(self, calls: _Calls) -> None:
+        """Find which activations nothing will call, and whether the forward must change.
+
+        Raises:
+            _Left: it must, and may not.
+        """
+        fused = {fusion[-1] for fusion in self.fusions}
+        for act in fused:
+            module = self.module_of(act)
+            places = [] if module is None else self.nodes_of(module)
+            if (
+                module is None
+                or not fused.issuperset(places)
+                or not calls.only(module, self.module, len(places))
+            ):
+                self.rewrites = True
+            else:
+                self._spares(module)
+        self.rewrites = self.rewrites or any(len(fusion) > 2 for fusion in self.fusions)
+        if self.rewrites and isinstance(self.module, nn.Sequential):
+            raise _Left("its activation is called elsewhere, too")
+
+    def apply(self) -> None:
+        """Do it."""
+        for norm, act in self.acts.items():
+            norm.adopt(replace(norm.options, act=act))
+        if self.rewrites:
+            names = (tuple(node.name for node in fusion) for fusion in self.fusions)
+            rewriting.become(self.module, tuple(names))
+        for name in self.spare:
+            parent, _, last = name.rpartition(".")
+            training = self.module.get_submodule(name).training
+            setattr(self.module.get_submodule(parent), last, nn.Identity().train(training))
+
+    def _spares(self, act: nn.Module) -> None:
+        below = self.module.named_modules(remove_duplicate=False)
+        self.spare |= {name for name, other in below if other is act}
+
+    def told(self, norm: BatchNorm) -> str:
+        """What a norm takes in, in words."""
+        added = any(len(f) > 2 and self.module_of(f[0]) is norm for f in self.fusions)
+        what = f"takes in {'the residual and ' if added else ''}{self.acts[norm]}"
+        if not self.rewrites:
+            return what
+        return f"{what}; the forward of {type(self.module).__qualname__} is rewritten"
+
+
+@dataclass
+class _Unread(_Block):
+    """A block whose forward is no graph: what stands behind its norms was seen once.
+
+    Attributes:
+        why: it is none.
+    """
+
+    graph: Graph = field(default_factory=Graph)
+    why: str = ""
+
+    def find(self, norm: BatchNorm, calls: _Calls) -> None:
+        """Note the activation module that took all of the norm's outputs, and nothing else."""
+        takers = calls.alone_behind(norm)
+        taker = takers.pop()
+        act = _activation_of_module(taker)
+        once = calls.only(taker, self.module, 1) and calls.only(norm, self.module, 1)
+        if act is None or takers or not once:
+            raise _Left(f"{type(self.module).__qualname__}: {self.why}")
+        self.acts[norm] = act
+        self._spares(taker)
+
+    def settle(self, calls: _Calls) -> None:
+        """All is settled."""
+
+
+def observe(model: nn.Module, example: Any) -> Flow:
+    """One forward of ``model`` on ``example``, in evaluation; all is given back."""
+    with borrowed(model, Randoms(), parameters=False):
+        to_eval(model)
+        return flow_of(model, lambda: call_with(model, example))
+
+
+def fuse(
+    model: nn.Module, norms: Iterable[BatchNorm], flow: Flow, example: Any
+) -> dict[BatchNorm, str]:
+    """Take into each of ``norms`` what stands behind it.
+
+    Args:
+        model: any model.
+        norms: of it.
+        flow: of a forward of ``model`` on ``example``.
+        example: the arguments of that forward.
+
+    Returns:
+        For each norm what it takes in, or why nothing.
+    """
+    calls = _Calls(model, flow)
+    told: dict[BatchNorm, str] = {}
+    callers: dict[nn.Module, list[BatchNorm]] = {}
+    for norm in norms:
+        try:
+            callers.setdefault(_caller(norm, calls), []).append(norm)
+        except _Left as why:
+            told[norm] = f"{_ALONE}: {why}"
+    blocks = []
+    for module, its in callers.items():
+        try:
+            block = _Block(module, rewriting.own_graph(module))
+        except InputError as why:
+            block = _Unread(module, why=str(why))
+        for norm in its:
+            try:
+                block.find(norm, calls)
+            except _Left as why:
+                told[norm] = f"{_ALONE}: {why}"
+        if block.acts:
+            blocks.append(block)
+    unproved = _unproved(model, blocks, calls, example)
+    for block in blocks:
+        if block.module in unproved:
+            told.update(dict.fromkeys(block.acts, f"{_ALONE}: {unproved[block.module]}"))
+            continue
+        told |= {norm: block.told(norm) for norm in block.acts}
+        block.apply()
+    return told
+
+
+_ALONE = "takes nothing in"
+
+
+def _caller(norm: BatchNorm, calls: _Calls) -> nn.Module:
+    """The module whose forward calls ``norm``."""
+    if norm.act is not None:
+        raise _Left("it applies an activation already")
+    if _watched(norm):
+        raise _Left("its hooks would see another output")
+    callers = list(calls.by[norm])
+    if not callers:
+        raise _Left("the example does not call it")
+    if len(callers) > 1:
+        raise _Left("it is called from several places")
+    if callers[0] is norm:
+        raise _Left("it is the whole model")
+    return callers[0]
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks stand on it that see its output."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _activation_of_module(module: nn.Module) -> str | None:
+    state = (*module.parameters(), *module.buffers(), *module.children())
+    if state or _watched(module) or module._forward_pre_hooks:
+        return None
+    found = {_same_as(copy.deepcopy(module).train(mode).forward) for mode in (True, False)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _same_as(function: Callable[[Tensor], Any]) -> str | None:
+    """The activation that does to numbers what ``function`` does."""
+    try:
+        with torch.no_grad():
+            y = function(_GRID.clone())
+    except Exception:  # others wrote it
+        return None
+    if not isinstance(y, Tensor) or y.shape != _GRID.shape or y.dtype != _GRID.dtype:
+        return None
+    same = (n for n, act in OPERATIONS.items() if torch.allclose(y, act(_GRID), 1e-9, 1e-12))
+    return next(same, None)
+
+
+# -- the proof ------------------------------------------------------------------------------------
+
+
+def _unproved(
+    model: nn.Module, blocks: list[_Block], calls: _Calls, example: Any
+) -> dict[nn.Module, str]:
+    """Of blocks that are not the same both ways, why."""
+    found: dict[nn.Module, str] = {}
+    trying = False
+
+    def try_once(block: _Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal trying
+            if trying or block in tried:
+                return
+            trying = True
+            tried.append(block)
+            difference = _difference(block, args, kwargs)
+            if difference:
+                found[module] = difference
+            trying = False
+
+        return hook
+
+    tried: list[_Block] = []
+    with borrowed(model, Randoms(), parameters=False), torch.no_grad():
+        to_eval(model)
+        for block in blocks:
+            try:
+                block.settle(calls)
+            except _Left as left:
+                found[block.module] = str(left)
+                continue
+            block.module.register_forward_pre_hook(try_once(block), with_kwargs=True)
+        call_with(model, example)
+    return found
+
+
+def _difference(block: _Block, args: Any, kwargs: Any) -> str:
+    """How what ``block`` computes from ``args`` differs both ways; "" if it does not."""
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        try:
+            before = _results(block, args, kwargs, training=training, whole=False)
+        except Exception as error:  # others wrote it
+            told = str(error).partition("\n")[0]
+            return f"nothing can be proved on this example, for in {mode} it raises: {told}"
+        try:
+            after = _results(block, args, kwargs, training=training, whole=True)
+        except Exception as error:
+            return f"with it the forward raises in {mode}: {str(error).partition(chr(10))[0]}"
+        for kind, ones, others in zip(_KINDS, before, after, strict=True):
+            if len(ones) != len(others) or not all(map(_near, ones, others)):
+                return f"{kind} would differ in {mode}"
+    return ""
+
+
+_KINDS = ("outputs", "gradients", "running statistics")
+
+
+def _results(
+    block: _Block, args: Any, kwargs: Any, *, training: bool, whole: bool
+) -> tuple[list[Tensor | None], ...]:
+    """Outputs, gradients and buffers after a forward of ``block``; all is given back."""
+    module, leaves = block.module, list[Tensor]()
+
+    def lend(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.clone()
+        leaves.append(x.detach().clone().requires_grad_())
+        return leaves[-1].clone()  # which may be overwritten
+
+    with borrowed(module, Randoms(), parameters=False), torch.enable_grad():
+        module.train(training)
+        if whole:
+            block.apply()
+        args, kwargs = mapped(args, lend), mapped(kwargs, lend)
+        outs = list(tensors_in(module.forward(*args, **kwargs)))
+        learn = [p for p in module.parameters() if p.requires_grad]
+        ends = [out for out in outs if out.requires_grad]
+        grads: tuple[Tensor | None, ...] = ()
+        if ends:
+            of = [*leaves, *learn]
+            grads = torch.autograd.grad(ends, of, [*map(_along, ends)], allow_unused=True)
+        buffers: list[Tensor | None] = [b.clone() for b in module.buffers()]
+    return [out.detach() for out in outs], list(grads), buffers
+
+
+def _along(out: Tensor) -> Tensor:
+    """A gradient of an output, in which no element is like the others."""
+    return torch.arange(out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
+
+
+def _near(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    a, b, tolerance = one.double(), other.double(), _TOLERANCES.get(one.dtype, 0.05)
+    if not bool(a.isfinite().all()):
+        return torch.allclose(a, b, rtol=tolerance, equal_nan=True)
+    return bool((a - b).norm() <= tolerance * a.norm())
