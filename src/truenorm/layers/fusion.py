@@ -12,6 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from truenorm.kernels.fused import OPERATIONS
 from truenorm.layers import rewriting
 from truenorm.layers.batch_norm import BatchNorm
 
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the norm; half precision 0.05
-# A ReLU may tell a value beside 0 the other way, of which a gradient is all or nothing.
+# How far both ways may be apart, of the norm of all. In single precision a ReLU or a pooling may
+# decide the other way on rounding, of which a gradient is all or nothing: so in double where the
+# module can.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF = 0.05
 
 _GRID = torch.cat((torch.linspace(-30, 30, 1201), torch.tensor([-1e3, 1e3]))).double()
 _NAMES = {name + end for name in OPERATIONS for end in ("", "_")} | {"hardtanh", "hardtanh_"}
@@ -376,13 +380,14 @@ def _difference(block: _Block, args: Any, kwargs: Any) -> str:
     """How what ``block`` computes from ``args`` differs both ways; "" if it does not."""
     for training in (False, True):
         mode = "training" if training else "evaluation"
+        trial = partial(_results, block, args, kwargs, training=training)
         try:
-            before = _results(block, args, kwargs, training=training, whole=False)
+            before, double = _first(partial(trial, whole=False))
         except Exception as error:  # others wrote it
             told = str(error).partition("\n")[0]
             return f"nothing can be proved on this example, for in {mode} it raises: {told}"
         try:
-            after = _results(block, args, kwargs, training=training, whole=True)
+            after = trial(whole=True, double=double)
         except Exception as error:
             return f"with it the forward raises in {mode}: {str(error).partition(chr(10))[0]}"
         for kind, ones, others in zip(_KINDS, before, after, strict=True):
@@ -391,23 +396,35 @@ def _difference(block: _Block, args: Any, kwargs: Any) -> str:
     return ""
 
 
+def _first(trial: Callable[..., _Results]) -> tuple[_Results, bool]:
+    """The results in double precision, if the module can, else in its own; and which."""
+    try:
+        return trial(double=True), True
+    except Exception:  # others wrote it: a tensor of theirs may be single
+        return trial(double=False), False
+
+
 _KINDS = ("outputs", "gradients", "running statistics")
+_Results = tuple[list[Tensor | None], ...]  # of each kind
 
 
 def _results(
-    block: _Block, args: Any, kwargs: Any, *, training: bool, whole: bool
-) -> tuple[list[Tensor | None], ...]:
+    block: _Block, args: Any, kwargs: Any, *, training: bool, whole: bool, double: bool
+) -> _Results:
     """Outputs, gradients and buffers after a forward of ``block``; all is given back."""
     module, leaves = block.module, list[Tensor]()
 
     def lend(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x.clone()
-        leaves.append(x.detach().clone().requires_grad_())
+        x = x.detach().double() if double else x.detach()
+        leaves.append(x.clone().requires_grad_())
         return leaves[-1].clone()  # which may be overwritten
 
-    with borrowed(module, Randoms(), parameters=False), torch.enable_grad():
+    with borrowed(module, Randoms(), parameters=double), torch.enable_grad():
         module.train(training)
+        if double:
+            module.double()
         if whole:
             block.apply()
         args, kwargs = mapped(args, lend), mapped(kwargs, lend)
@@ -434,7 +451,7 @@ def _near(one: Tensor | None, other: Tensor | None) -> bool:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
-    a, b, tolerance = one.double(), other.double(), _TOLERANCES.get(one.dtype, 0.05)
+    a, b, tolerance = one.double(), other.double(), _TOLERANCES.get(one.dtype, _HALF)
     if not bool(a.isfinite().all()):
         return torch.allclose(a, b, rtol=tolerance, equal_nan=True)
     return bool((a - b).norm() <= tolerance * a.norm())
