@@ -188,6 +188,12 @@ def convert(model: nn.Module, *, to: Target, where: Where = None, **settings: An
 
             - "truenorm": of a torch.nn norm, TrueNorm's; settings are options of
               :class:`truenorm.BatchNorm`, which layers that are TrueNorm's already take, too.
+              With ``fuse=True`` and ``example``, the arguments of one forward, a batch norm also
+              takes in the activation behind it, and the residual that is added between the two.
+              Activations without work become ``nn.Identity``; where that is not enough the block
+              runs its own forward rewritten, under a class derived from its own. Keys of the state
+              dict stay. Each is proved before, on what the block is given for ``example``: outputs,
+              gradients and running statistics are the same both ways.
             - "torch": of a TrueNorm norm, torch.nn's, or the class of another package that it was.
             - "sync", "unsync": statistics pooled over ranks (setting ``group``), or not.
             - "frozen", "unfrozen": statistics and affine map fixed, or learning again.

@@ -8,31 +8,22 @@ running statistics stay is proved by running it both ways, on what it was given 
 from __future__ import annotations
 
 import copy
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from truenorm.calling.borrowing import Randoms, borrowed, to_eval
+from truenorm.calling.borrowing import Randoms, borrowed, eager, to_eval
 from truenorm.calling.call import call_with
 from truenorm.calling.flow import Flow, flow_of
-from truenorm.calling.nested import mapped, tensors_in
 from truenorm.errors import InputError
 from truenorm.kernels.fused import OPERATIONS
-from truenorm.layers import rewriting
+from truenorm.layers import rewriting, trial
 from truenorm.layers.batch_norm import BatchNorm
-
-# How far both ways may be apart, of the norm of all. In single precision a ReLU or a pooling may
-# decide the other way on rounding, of which a gradient is all or nothing: so in double where the
-# module can.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HALF = 0.05
 
 _GRID = torch.cat((torch.linspace(-30, 30, 1201), torch.tensor([-1e3, 1e3]))).double()
 _NAMES = {name + end for name in OPERATIONS for end in ("", "_")} | {"hardtanh", "hardtanh_"}
@@ -83,7 +74,7 @@ class _Block:
     Attributes:
         module: that module.
         graph: of its forward.
-        fusions: the nodes of each: norm, addition if there is one, activation.
+        fusions: the nodes of each, from the norm to the activation.
         acts: the activation of each norm.
         spare: names, below the module, of activations that will have nothing left to do.
         rewrites: whether the forward must change; else the spare ones do nothing in it.
@@ -122,35 +113,44 @@ class _Block:
         """The activation behind a call of a norm, and the nodes from there to it."""
         if len(norm.args) != 1 or norm.kwargs:
             raise _Left("it is called with more than a tensor")
-        follower = self._only_user(norm)
-        if (act := self._activation(follower)) is not None:
-            return act, (norm, follower)
-        if follower.op == "output":
+        nodes = [norm, *self._next(norm)]
+        act = self._activation(nodes[-1])
+        if act is None and nodes[-1].target in rewriting.ADDS:
+            self._check_addition(*nodes[-2:])
+            nodes += self._next(nodes[-1])
+            act = self._activation(nodes[-1])
+        if act is not None:
+            return act, tuple(nodes)
+        if nodes[-1].op == "output":
             raise _Left(f"its output is that of {type(self.module).__qualname__}")
-        if follower.target not in rewriting.ADDS:
-            raise _Left(f"{self._word(follower)} takes its output, and is no activation")
-        first, *others = follower.args
-        if follower.kwargs or len(others) != 1 or not all(isinstance(a, Node) for a in others):
-            raise _Left(f"{follower.name} adds no tensor to its output")
-        if first is not norm and follower.target not in (operator.add, torch.add, "add"):
-            raise _Left(f"{follower.name} writes into the tensor that its output is added to")
-        if any(follower in fusion for fusion in self.fusions):
-            raise _Left(f"{follower.name} adds two norms; the other one takes it in")
-        last = self._only_user(follower)
-        act = self._activation(last)
-        if act is None:
-            raise _Left(f"{self._word(last)} follows {follower.name}, and is no activation")
-        return act, (norm, follower, last)
+        follows = "its output" if nodes[-2] is norm else f"that of {self._word(nodes[-2])}"
+        raise _Left(f"{self._word(nodes[-1])} takes {follows}, and is no activation")
+
+    def _next(self, node: Node) -> list[Node]:
+        """The one operation that takes the output of ``node``, behind those that do nothing."""
+        passed = []
+        while True:
+            if len(node.users) != 1:
+                raise _Left(f"{node.name} is taken by {len(node.users)} operations, not by one")
+            node = next(iter(node.users))
+            passed.append(node)
+            module = self.module_of(node)
+            if type(module) is not nn.Identity or _watched(module):
+                return passed
+
+    def _check_addition(self, before: Node, add: Node) -> None:
+        """Raise _Left if more happens than that a tensor is added to what ``before`` gives."""
+        first, *others = add.args
+        if add.kwargs or len(others) != 1 or not isinstance(others[0], Node):
+            raise _Left(f"{add.name} adds no tensor to its output")
+        if first is not before and add.target not in rewriting.ADDS_ANEW:
+            raise _Left(f"{add.name} writes into the tensor that its output is added to")
+        if any(add in fusion for fusion in self.fusions):
+            raise _Left(f"{add.name} adds two norms, of which another takes it in")
 
     def _word(self, node: Node) -> str:
         module = self.module_of(node)
         return node.name if module is None else f"{node.target} ({type(module).__name__})"
-
-    def _only_user(self, node: Node) -> Node:
-        users = list(node.users)
-        if len(users) != 1:
-            raise _Left(f"{node.name} is taken by {len(users)} operations, not by one")
-        return users[0]
 
     def _activation(self, node: Node) -> str | None:
         """The name of the activation that a node is, by what it does to numbers."""
@@ -186,7 +186,7 @@ class _Block:
                 self.rewrites = True
             else:
                 self._spares(module)
-        self.rewrites = self.rewrites or any(len(fusion) > 2 for fusion in self.fusions)
+        self.rewrites = self.rewrites or any(map(rewriting.addition, self.fusions))
         if self.rewrites and isinstance(self.module, nn.Sequential):
             raise _Left("its activation is called elsewhere, too")
 
@@ -208,7 +208,8 @@ class _Block:
 
     def told(self, norm: BatchNorm) -> str:
         """What a norm takes in, in words."""
-        added = any(len(f) > 2 and self.module_of(f[0]) is norm for f in self.fusions)
+        its = (fusion for fusion in self.fusions if self.module_of(fusion[0]) is norm)
+        added = any(map(rewriting.addition, its))
         what = f"takes in {'the residual and ' if added else ''}{self.acts[norm]}"
         if not self.rewrites:
             return what
@@ -243,7 +244,7 @@ class _Unread(_Block):
 
 def observe(model: nn.Module, example: Any) -> Flow:
     """One forward of ``model`` on ``example``, in evaluation; all is given back."""
-    with borrowed(model, Randoms(), parameters=False):
+    with borrowed(model, Randoms(), parameters=False), eager(model):
         to_eval(model)
         return flow_of(model, lambda: call_with(model, example))
 
@@ -355,7 +356,7 @@ def _unproved(
                 return
             trying = True
             tried.append(block)
-            difference = _difference(block, args, kwargs)
+            difference = trial.difference(module, block.apply, args, kwargs)
             if difference:
                 found[module] = difference
             trying = False
@@ -363,7 +364,7 @@ def _unproved(
         return hook
 
     tried: list[_Block] = []
-    with borrowed(model, Randoms(), parameters=False), torch.no_grad():
+    with borrowed(model, Randoms(), parameters=False), eager(model), torch.no_grad():
         to_eval(model)
         for block in blocks:
             try:
@@ -374,84 +375,3 @@ def _unproved(
             block.module.register_forward_pre_hook(try_once(block), with_kwargs=True)
         call_with(model, example)
     return found
-
-
-def _difference(block: _Block, args: Any, kwargs: Any) -> str:
-    """How what ``block`` computes from ``args`` differs both ways; "" if it does not."""
-    for training in (False, True):
-        mode = "training" if training else "evaluation"
-        trial = partial(_results, block, args, kwargs, training=training)
-        try:
-            before, double = _first(partial(trial, whole=False))
-        except Exception as error:  # others wrote it
-            told = str(error).partition("\n")[0]
-            return f"nothing can be proved on this example, for in {mode} it raises: {told}"
-        try:
-            after = trial(whole=True, double=double)
-        except Exception as error:
-            return f"with it the forward raises in {mode}: {str(error).partition(chr(10))[0]}"
-        for kind, ones, others in zip(_KINDS, before, after, strict=True):
-            if len(ones) != len(others) or not all(map(_near, ones, others)):
-                return f"{kind} would differ in {mode}"
-    return ""
-
-
-def _first(trial: Callable[..., _Results]) -> tuple[_Results, bool]:
-    """The results in double precision, if the module can, else in its own; and which."""
-    try:
-        return trial(double=True), True
-    except Exception:  # others wrote it: a tensor of theirs may be single
-        return trial(double=False), False
-
-
-_KINDS = ("outputs", "gradients", "running statistics")
-_Results = tuple[list[Tensor | None], ...]  # of each kind
-
-
-def _results(
-    block: _Block, args: Any, kwargs: Any, *, training: bool, whole: bool, double: bool
-) -> _Results:
-    """Outputs, gradients and buffers after a forward of ``block``; all is given back."""
-    module, leaves = block.module, list[Tensor]()
-
-    def lend(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x.clone()
-        x = x.detach().double() if double else x.detach()
-        leaves.append(x.clone().requires_grad_())
-        return leaves[-1].clone()  # which may be overwritten
-
-    with borrowed(module, Randoms(), parameters=double), torch.enable_grad():
-        module.train(training)
-        if double:
-            module.double()
-        if whole:
-            block.apply()
-        args, kwargs = mapped(args, lend), mapped(kwargs, lend)
-        outs = list(tensors_in(module.forward(*args, **kwargs)))
-        learn = [p for p in module.parameters() if p.requires_grad]
-        ends = [out for out in outs if out.requires_grad]
-        grads: tuple[Tensor | None, ...] = ()
-        if ends:
-            of = [*leaves, *learn]
-            grads = torch.autograd.grad(ends, of, [*map(_along, ends)], allow_unused=True)
-        buffers: list[Tensor | None] = [b.clone() for b in module.buffers()]
-    return [out.detach() for out in outs], list(grads), buffers
-
-
-def _along(out: Tensor) -> Tensor:
-    """A gradient of an output, in which no element is like the others."""
-    return torch.arange(out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
-
-
-def _near(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    a, b, tolerance = one.double(), other.double(), _TOLERANCES.get(one.dtype, _HALF)
-    if not bool(a.isfinite().all()):
-        return torch.allclose(a, b, rtol=tolerance, equal_nan=True)
-    return bool((a - b).norm() <= tolerance * a.norm())

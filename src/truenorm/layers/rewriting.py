@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +19,11 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from truenorm.calling.borrowing import borrowed
 from truenorm.errors import InputError
 
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-"""What adds two tensors, as a graph names it."""
+ADDS_ANEW = (operator.add, torch.add, "add")
+"""What adds two tensors, as a graph names it, and makes a third."""
+
+ADDS = (*ADDS_ANEW, operator.iadd, "add_")
+"""What adds two tensors; those of the end write into the first."""
 
 
 class _Asked(Exception):
@@ -92,26 +95,26 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 Fusions = tuple[tuple[str, ...], ...]
-"""For each fusion in a graph the names of its nodes: norm, the addition if there is one, and
-activation."""
+"""For each fusion in a graph the names of its nodes, from the norm to the activation."""
 
 
-def other_operand(graph_node: Node, norm: Node) -> Any:
-    """What is added to the output of ``norm``."""
-    first, second = graph_node.args
-    return second if first is norm else first
+def addition(fusion: Sequence[Node]) -> list[Node]:
+    """The residual's addition among the nodes of a fusion; none if there is no residual."""
+    return [node for node in fusion[1:-1] if node.target in ADDS]
 
 
 def rewrite(graph: Graph, fusions: Fusions) -> None:
     """Let each norm take its residual, and be what its activation was."""
     nodes = {node.name: node for node in graph.nodes}
     for names in fusions:
-        norm, *added, act = (nodes[name] for name in names)
-        residual = {"residual": other_operand(added[0], norm)} if added else {}
+        fusion = [nodes[name] for name in names]
+        others = (o for add in addition(fusion) for o in add.args if o not in fusion)
+        residual = dict(zip(("residual",), others, strict=False))
+        norm, *_, act = fusion
         with graph.inserting_before(act):
             whole = graph.call_module(str(norm.target), norm.args, residual)
         act.replace_all_uses_with(whole)
-        for node in (act, *added, norm):
+        for node in reversed(fusion):
             graph.erase_node(node)
 
 
