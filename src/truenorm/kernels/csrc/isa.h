@@ -21,6 +21,7 @@ namespace {
 using std::erf, std::exp, std::expm1, std::log1p, std::tanh;
 
 #include "vectors.h"
+#include "functions.h"
 #include "activations.h"
 #include "loops.h"
 #include "drive.h"

@@ -67,6 +67,46 @@ INLINE void put(T* p, vec<wide<T>> v) {
 
 // ---- one run: n values that lie side by side, of one channel or of n columns -----------------
 
+// What goes into the activation, of n <= TILE values, and zeros up to a whole vector.
+template <class T, bool COLUMNS>
+INLINE void before_activation(const T* x, const T* residual, wide<T>* z, int64_t n,
+                              const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>;
+  const Parameter<A, COLUMNS> m(mean), k(scale), o(offset);
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    vec<A> v = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
+    if (residual) v += load(residual + i);
+    store(z + i, v);
+  }
+  if (i == n) return;
+  store(z + i, vec<A>{});
+  for (; i < n; ++i) {
+    int64_t j = COLUMNS ? i : 0;
+    z[i] = (widen(x[i]) - mean[j]) * scale[j] + offset[j];
+    if (residual) z[i] += widen(residual[i]);
+  }
+}
+
+// n <= TILE values in the type of arithmetic, and zeros up to a whole vector.
+template <class T>
+INLINE void widen_tile(const T* from, wide<T>* to, int64_t n) {
+  constexpr int64_t L = lanes<wide<T>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, load(from + i));
+  if (i == n) return;
+  store(to + i, vec<wide<T>>{});
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+template <class T>
+INLINE void narrow_tile(const wide<T>* from, T* to, int64_t n) {
+  constexpr int64_t L = lanes<wide<T>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
 template <class T, Mode MODE, bool RESIDUAL, bool COLUMNS>
 INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8_t* mask, T* y,
                       int64_t n, const wide<T>* mean, const wide<T>* scale,
@@ -78,17 +118,13 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
     for (int64_t at = 0; at < n; at += TILE) {
       int64_t size = least(TILE, n - at);
       int64_t to = COLUMNS ? at : 0;
-      for (int64_t i = 0; i < size; ++i) {
-        int64_t j = COLUMNS ? to + i : 0;
-        A z = (widen(x[at + i]) - mean[j]) * scale[j] + offset[j];
-        if constexpr (RESIDUAL) z += widen(residual[at + i]);
-        tile[i] = z;
-      }
+      before_activation<T, COLUMNS>(x + at, RESIDUAL ? residual + at : nullptr, tile, size,
+                                    mean + to, scale + to, offset + to);
       activate(job.act, tile, size);
       if (mask) {
         for (int64_t i = 0; i < size; ++i) tile[i] = mask[at + i] ? tile[i] : A(0);
       }
-      for (int64_t i = 0; i < size; ++i) y[at + i] = narrow<T>(tile[i]);
+      narrow_tile(tile, y + at, size);
     }
     return;
   }
@@ -123,16 +159,12 @@ INLINE void gradient_tile(const Job& job, const T* x, const T* residual, const T
                           const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
   typedef wide<T> A;
   A z[TILE];
-  for (int64_t i = 0; i < n; ++i) tile[i] = widen(dy[i]);
+  widen_tile(dy, tile, n);
   if (out) {
-    for (int64_t i = 0; i < n; ++i) z[i] = widen(out[i]);
+    widen_tile(out, z, n);
     slope_by_output(job.act, z, tile, n);
   } else if (job.act != Act::none) {
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t j = COLUMNS ? i : 0;
-      z[i] = (widen(x[i]) - mean[j]) * scale[j] + offset[j];
-      if (residual) z[i] += widen(residual[i]);
-    }
+    before_activation<T, COLUMNS>(x, residual, z, n, mean, scale, offset);
     slope_by_input(job.act, z, tile, n);
   }
   if (mask) {
@@ -187,12 +219,19 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
       gradient_tile<T, COLUMNS>(job, x + to, residual ? residual + to : nullptr,
                                 out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to,
                                 tile, size, mean + k, scale + k, offset + k);
-      for (int64_t i = 0; i < size; ++i) {
-        int64_t j = COLUMNS ? to + i : 0;
-        A value = a[j] * tile[i] + b[j] * (widen(x[to + i]) - mean[j]) + c[j];
+      if (dresidual) narrow_tile(tile, dresidual + to, size);
+      if (!dx) continue;
+      const Parameter<A, COLUMNS> m(mean + k), pa(a + k), pb(b + k), pc(c + k);
+      int64_t i = 0;
+      for (; !mask && i + L <= size; i += L) {
+        vec<A> d = load(x + to + i) - m.at(i);
+        store(dx + to + i, pa.at(i) * load(tile + i) + (pb.at(i) * d + pc.at(i)));
+      }
+      for (; i < size; ++i) {
+        int64_t j = COLUMNS ? k + i : 0;
+        A value = a[j] * tile[i] + (b[j] * (widen(x[to + i]) - mean[j]) + c[j]);
         if (mask && !mask[to + i]) value = 0;
-        if (dx) dx[to + i] = narrow<T>(value);
-        if (dresidual) dresidual[to + i] = narrow<T>(tile[i]);
+        dx[to + i] = narrow<T>(value);
       }
     }
     return;
@@ -302,6 +341,33 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
                      const wide<T>* scale, const wide<T>* offset, Sums& sums) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
+  const T* from = x;
+  const Parameter<A, false> m(mean), ks(scale), o(offset);
+  Sums own = sums;  // in registers
+  // Of `size` values of x, whose gradients gradient(i) and, one of them, gradient_one(i) give.
+  auto add = [&](const T* x, int64_t size, auto gradient, auto gradient_one) INLINE_LAMBDA {
+    int64_t i = 0;
+    auto chain = [&](auto count) INLINE_LAMBDA {
+      vec<A> s{}, q{}, t{};
+      for (int64_t k = 0; k < decltype(count)::value; ++k) {
+        vec<A> g = gradient(i + k * L), d = load(x + i + k * L) - m.at(i);
+        s += g, q += g * d, t += d;
+      }
+      widen_into(own.first, s);
+      widen_into(own.second, q);
+      widen_into(own.third, t);
+    };
+    constexpr int64_t count = sizeof(A) == 8 ? 2 : CHAIN;
+    for (; !mask && i + count * L <= size; i += count * L) chain(Count<count>{});
+    for (; !mask && i + L <= size; i += L) chain(Count<1>{});
+    for (; i < size; ++i) {
+      if (mask && !mask[x + i - from]) continue;
+      double g = gradient_one(i), d = widen(x[i]) - *mean;
+      own.first1 += g;
+      own.second1 += g * d;
+      own.third1 += d;
+    }
+  };
   if constexpr (MODE == TILED) {
     A tile[TILE];
     for (int64_t to = 0; to < n; to += TILE) {
@@ -309,43 +375,21 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
       gradient_tile<T, false>(job, x + to, residual ? residual + to : nullptr,
                               out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to, tile,
                               size, mean, scale, offset);
-      for (int64_t i = 0; i < size; ++i) {
-        if (mask && !mask[to + i]) continue;
-        double g = tile[i], d = widen(x[to + i]) - *mean;
-        sums.first1 += g;
-        sums.second1 += g * d;
-        sums.third1 += d;
-      }
+      add(
+          x + to, size, [&](int64_t i) INLINE_LAMBDA { return load(tile + i); },
+          [&](int64_t i) INLINE_LAMBDA { return tile[i]; });
     }
-    return;
+  } else {
+    add(
+        x, n,
+        [&](int64_t i) INLINE_LAMBDA {
+          return gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, m, ks, o);
+        },
+        [&](int64_t i) INLINE_LAMBDA {
+          return gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
+        });
   }
-  int64_t i = 0;
-  Sums own = sums;  // in registers
-  const Parameter<A, false> m(mean), ks(scale), o(offset);
-  auto chain = [&](auto count) INLINE_LAMBDA {
-    vec<A> s{}, q{}, t{};
-    for (int64_t k = 0; k < decltype(count)::value; ++k) {
-      vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i + k * L, m, ks, o);
-      vec<A> d = load(x + i + k * L) - m.at(i);
-      s += g, q += g * d, t += d;
-    }
-    widen_into(own.first, s);
-    widen_into(own.second, q);
-    widen_into(own.third, t);
-  };
-  constexpr int64_t count = sizeof(A) == 8 ? 2 : CHAIN;
-  for (; i + count * L <= n; i += count * L) chain(Count<count>{});
-  for (; i + L <= n; i += L) chain(Count<1>{});
-  for (int64_t k = 0; k < 2; ++k) {
-    sums.first[k] = own.first[k], sums.second[k] = own.second[k], sums.third[k] = own.third[k];
-  }
-  for (; i < n; ++i) {
-    double g = gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
-    double d = widen(x[i]) - *mean;
-    sums.first1 += g;
-    sums.second1 += g * d;
-    sums.third1 += d;
-  }
+  sums = own;
 }
 
 // A few rows at a time, along their columns, as memory is read fastest: f(row, column, rows,
@@ -424,7 +468,15 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
         gradient_tile<T, true>(job, x + at, residual ? residual + at : nullptr,
                                out ? out + at : nullptr, nullptr, dy + at, tile, size, mean + to,
                                scale + to, offset + to);
-        for (int64_t i = 0; i < size; ++i) {
+        constexpr int64_t L = lanes<A>;
+        int64_t i = 0;
+        for (; i + L <= size; i += L) {
+          vec<A> g = load(tile + i), d = load(x + at + i) - load(mean + to + i);
+          widen_onto(first + to + i, g);
+          widen_onto(second + to + i, g * d);
+          widen_onto(third + to + i, d);
+        }
+        for (; i < size; ++i) {
           double g = tile[i], d = widen(x[at + i]) - mean[to + i];
           first[to + i] += g;
           second[to + i] += g * d;
