@@ -449,7 +449,8 @@ struct Drive {
 
 INLINE Mode mode_of(const Job& job, bool relu_by_tile) {
   if (job.mask || relu_by_tile) return TILED;
-  return job.act == Act::none ? PLAIN : job.act == Act::relu ? RELU : TILED;
+  if (job.act == Act::none) return PLAIN;
+  return job.act == Act::relu || job.act == Act::relu6 ? RELU : TILED;
 }
 
 template <class T>

@@ -18,7 +18,15 @@ struct Count {
   static constexpr int64_t value = N;
 };
 
-enum Mode { PLAIN, RELU, TILED };  // what stands behind the affine map; TILED looks it up
+// What stands behind the affine map: nothing, a ReLU with or without an upper bound, or what is
+// looked up for a tile of values.
+enum Mode { PLAIN, RELU, TILED };
+
+// The upper bound of a ReLU; NaN, than which nothing is larger, if it has none.
+template <class A>
+INLINE A bound_of(Act act) {
+  return act == Act::relu6 ? A(6) : A(__builtin_nan(""));
+}
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -130,11 +138,12 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
   }
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset);
+  const vec<A> high = spread(bound_of<A>(job.act));
   auto loop = [&](auto streams) INLINE_LAMBDA {
     for (; i + L <= n; i += L) {
       vec<A> z = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
       if constexpr (RESIDUAL) z += load(residual + i);
-      if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : z;  // NaN stays
+      if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : (z > high ? high : z);  // NaN stays
       put<decltype(streams)::value>(y + i, z);
     }
   };
@@ -147,7 +156,7 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
     int64_t j = COLUMNS ? i : 0;
     A z = (widen(x[i]) - mean[j]) * scale[j] + offset[j];
     if constexpr (RESIDUAL) z += widen(residual[i]);
-    if constexpr (MODE == RELU) z = z < 0 ? A(0) : z;
+    if constexpr (MODE == RELU) z = z < 0 ? A(0) : z > high[0] ? high[0] : z;
     y[i] = narrow<T>(z);
   }
 }
@@ -177,7 +186,7 @@ template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
 INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i,
                                 const Parameter<wide<T>, COLUMNS>& mean,
                                 const Parameter<wide<T>, COLUMNS>& scale,
-                                const Parameter<wide<T>, COLUMNS>& offset) {
+                                const Parameter<wide<T>, COLUMNS>& offset, vec<wide<T>> high) {
   typedef wide<T> A;
   vec<A> g = held(load(dy + i));
   if constexpr (MODE == RELU) {
@@ -187,19 +196,21 @@ INLINE vec<wide<T>> gradient_at(const T* x, const T* out, const T* dy, int64_t i
     } else {
       z = (load(x + i) - mean.at(i)) * scale.at(i) + offset.at(i);
     }
-    g = held(z <= 0 ? vec<A>{} : g);  // as torch: where the output is NaN the gradient passes
+    // As torch: where the output is NaN the gradient passes.
+    g = held((z <= 0) | (z >= high) ? vec<A>{} : g);
   }
   return g;
 }
 template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
 INLINE wide<T> gradient_of_one(const T* x, const T* out, const T* dy, int64_t i,
-                               const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
+                               const wide<T>* mean, const wide<T>* scale, const wide<T>* offset,
+                               wide<T> high) {
   typedef wide<T> A;
   A g = widen(dy[i]);
   if constexpr (MODE == RELU) {
     int64_t j = COLUMNS ? i : 0;
     A z = OUTPUT ? widen(out[i]) : (widen(x[i]) - mean[j]) * scale[j] + offset[j];
-    g = z <= 0 ? A(0) : g;
+    g = z <= 0 || z >= high ? A(0) : g;
   }
   return g;
 }
@@ -238,10 +249,11 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
   }
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset), pa(a), pb(b), pc(c);
+  const vec<A> high = spread(bound_of<A>(job.act));
   auto loop = [&](auto with_dx, auto with_residual, auto streams) INLINE_LAMBDA {
     constexpr bool STREAM = decltype(streams)::value;
     for (; i + L <= n; i += L) {
-      vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, m, k, o);
+      vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, m, k, o, high);
       if constexpr (decltype(with_residual)::value) put<STREAM>(dresidual + i, g);
       if constexpr (decltype(with_dx)::value) {
         put<STREAM>(dx + i, pa.at(i) * g + (pb.at(i) * (load(x + i) - m.at(i)) + pc.at(i)));
@@ -257,7 +269,7 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
   }
   for (; i < n; ++i) {
     int64_t j = COLUMNS ? i : 0;
-    A g = gradient_of_one<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, mean, scale, offset);
+    A g = gradient_of_one<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, mean, scale, offset, high[0]);
     if (dresidual) dresidual[i] = narrow<T>(g);
     if (dx) dx[i] = narrow<T>(a[j] * g + (b[j] * (widen(x[i]) - mean[j]) + c[j]));
   }
@@ -343,6 +355,7 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
   constexpr int64_t L = lanes<A>;
   const T* from = x;
   const Parameter<A, false> m(mean), ks(scale), o(offset);
+  const vec<A> high = spread(bound_of<A>(job.act));
   Sums own = sums;  // in registers
   // Of `size` values of x, whose gradients gradient(i) and, one of them, gradient_one(i) give.
   auto add = [&](const T* x, int64_t size, auto gradient, auto gradient_one) INLINE_LAMBDA {
@@ -383,10 +396,10 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
     add(
         x, n,
         [&](int64_t i) INLINE_LAMBDA {
-          return gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, m, ks, o);
+          return gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, m, ks, o, high);
         },
         [&](int64_t i) INLINE_LAMBDA {
-          return gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset);
+          return gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset, high[0]);
         });
   }
   sums = own;
@@ -488,6 +501,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   }
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
+  const vec<A> high = spread(bound_of<A>(job.act));
   auto step = [&](int64_t row, int64_t column, auto rows, auto vectors) INLINE_LAMBDA {
     constexpr int64_t V = decltype(vectors)::value;
     vec<A> s[V] = {}, q[V] = {}, t[V] = {};
@@ -496,7 +510,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       for (int64_t v = 0; v < V; ++v) {
         int64_t i = column + v * L;
         vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
-                                                      m, ks, o);
+                                                      m, ks, o, high);
         vec<A> d = load(x + at + i) - m.at(i);
         s[v] += g, q[v] += g * d, t[v] += d;
       }
@@ -512,7 +526,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
       double g = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
-                                                        mean, scale, offset);
+                                                        mean, scale, offset, high[0]);
       double d = widen(x[j + i]) - mean[i];
       first[i] += g;
       second[i] += g * d;
