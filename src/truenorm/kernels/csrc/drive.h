@@ -40,6 +40,7 @@ struct Drive {
   Pieces pieces;
   const T *x, *residual, *out, *dy;
   T *y, *dx, *dresidual;
+  T* kept = nullptr;  // the gradient in front of the activation, between the sweeps
   Arena arena;
   Affine<A> affine;
   double *shift, *first, *second, *third;  // of channels, and of parts of channels
@@ -236,8 +237,8 @@ struct Drive {
       runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
         sums_run<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
                                   out ? out + at : nullptr, job.mask ? job.mask + mask : nullptr,
-                                  dy + at, n, affine.mean + block, affine.scale + block,
-                                  affine.offset + block, sums);
+                                  dy + at, kept ? kept + at : nullptr, n, affine.mean + block,
+                                  affine.scale + block, affine.offset + block, sums);
       });
       int64_t to = part * job.C + block;
       first[to] = total(sums.first[0] + sums.first[1]) + sums.first1;
@@ -255,8 +256,8 @@ struct Drive {
     expand(affine.offset, c0, c1, o);
     int64_t at = c0 * S;
     sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                               out ? out + at : nullptr, dy + at, r0, r1, job.C * S, n, m, k, o, s,
-                               q, t);
+                               out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, r0,
+                               r1, job.C * S, n, m, k, o, s, q, t);
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
     gather(c0, c1, part, t, third);
@@ -268,8 +269,8 @@ struct Drive {
       runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
         gradient_run<T, MODE, OUTPUT, false>(
             job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
-            job.mask ? job.mask + mask : nullptr, dy + at, dx ? dx + at : nullptr,
-            dresidual ? dresidual + at : nullptr, n, affine, block);
+            job.mask ? job.mask + mask : nullptr, dy + at, kept ? kept + at : nullptr,
+            dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, n, affine, block);
       });
       return;
     }
@@ -293,7 +294,7 @@ struct Drive {
       }
       gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
                                           out ? out + at : nullptr, nullptr, dy + at,
-                                          dx ? dx + at : nullptr,
+                                          kept ? kept + at : nullptr, dx ? dx + at : nullptr,
                                           dresidual ? dresidual + at : nullptr,
                                           n * least(step, r1 - r), p, 0);
     }
@@ -404,8 +405,8 @@ struct Drive {
     int64_t c = run % job.C, at = run * job.S;
     gradient_run<T, MODE, OUTPUT, false>(
         job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
-        job.mask ? job.mask + run / job.C * job.S : nullptr, dy + at, dx ? dx + at : nullptr,
-        dresidual ? dresidual + at : nullptr, job.S, affine, c);
+        job.mask ? job.mask + run / job.C * job.S : nullptr, dy + at, kept ? kept + at : nullptr,
+        dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, job.S, affine, c);
   }
 
   template <Mode MODE, bool OUTPUT>
@@ -420,6 +421,9 @@ struct Drive {
   template <Mode MODE, bool OUTPUT>
   void backward(bool with_sums, bool with_gradient) {
     for (int64_t c = 0; c < job.C; ++c) prepare(c);
+    // An activation's slope is computed once, where what it gives can be written without loss.
+    bool keeps = MODE == TILED && with_sums && with_gradient && sizeof(T) == sizeof(A);
+    kept = !keeps ? nullptr : dresidual ? dresidual : dx;
     auto after = [&](int64_t block) {
       for (int64_t c = begin(block); c < end(block); ++c) {
         if (with_sums) join_sums(c);

@@ -217,8 +217,8 @@ INLINE wide<T> gradient_of_one(const T* x, const T* out, const T* dy, int64_t i,
 
 template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
 INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T* out,
-                         const uint8_t* mask, const T* dy, T* dx, T* dresidual, int64_t n,
-                         const Affine<wide<T>>& p, int64_t at) {
+                         const uint8_t* mask, const T* dy, const T* kept, T* dx, T* dresidual,
+                         int64_t n, const Affine<wide<T>>& p, int64_t at) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
   const A *mean = p.mean + at, *scale = p.scale + at, *offset = p.offset + at;
@@ -227,10 +227,14 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
     A tile[TILE];
     for (int64_t to = 0; to < n; to += TILE) {
       int64_t size = least(TILE, n - to), k = COLUMNS ? to : 0;
-      gradient_tile<T, COLUMNS>(job, x + to, residual ? residual + to : nullptr,
-                                out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to,
-                                tile, size, mean + k, scale + k, offset + k);
-      if (dresidual) narrow_tile(tile, dresidual + to, size);
+      if (kept) {
+        widen_tile(kept + to, tile, size);
+      } else {
+        gradient_tile<T, COLUMNS>(job, x + to, residual ? residual + to : nullptr,
+                                  out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to,
+                                  tile, size, mean + k, scale + k, offset + k);
+      }
+      if (dresidual && dresidual != kept) narrow_tile(tile, dresidual + to, size);
       if (!dx) continue;
       const Parameter<A, COLUMNS> m(mean + k), pa(a + k), pb(b + k), pc(c + k);
       int64_t i = 0;
@@ -346,10 +350,11 @@ INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift
   }
 }
 
-// Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean.
+// Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean; TILED also
+// writes g to `kept`, if that is given.
 template <class T, Mode MODE, bool OUTPUT>
 INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out,
-                     const uint8_t* mask, const T* dy, int64_t n, const wide<T>* mean,
+                     const uint8_t* mask, const T* dy, T* kept, int64_t n, const wide<T>* mean,
                      const wide<T>* scale, const wide<T>* offset, Sums& sums) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
@@ -388,6 +393,7 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
       gradient_tile<T, false>(job, x + to, residual ? residual + to : nullptr,
                               out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to, tile,
                               size, mean, scale, offset);
+      if (kept) narrow_tile(tile, kept + to, size);
       add(
           x + to, size, [&](int64_t i) INLINE_LAMBDA { return load(tile + i); },
           [&](int64_t i) INLINE_LAMBDA { return tile[i]; });
@@ -467,7 +473,7 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
 
 template <class T, Mode MODE, bool OUTPUT>
 INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* out, const T* dy,
-                      int64_t r0, int64_t r1, int64_t stride, int64_t n, const wide<T>* mean,
+                      T* kept, int64_t r0, int64_t r1, int64_t stride, int64_t n, const wide<T>* mean,
                       const wide<T>* scale, const wide<T>* offset, double* first, double* second,
                       double* third) {
   typedef wide<T> A;
@@ -481,6 +487,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
         gradient_tile<T, true>(job, x + at, residual ? residual + at : nullptr,
                                out ? out + at : nullptr, nullptr, dy + at, tile, size, mean + to,
                                scale + to, offset + to);
+        if (kept) narrow_tile(tile, kept + at, size);
         constexpr int64_t L = lanes<A>;
         int64_t i = 0;
         for (; i + L <= size; i += L) {
