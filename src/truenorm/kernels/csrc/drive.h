@@ -82,13 +82,16 @@ struct Drive {
     shift[c] = sum - sum == 0 ? double(A(sum)) : 0;
   }
 
-  // The parts of channel c as one: job.mean and job.var.
-  INLINE bool join(int64_t c) {
-    double s = 0, q = 0;
-    for (int64_t p = 0; p < pieces.parts; ++p) {
-      s += first[p * job.C + c];
-      q += second[p * job.C + c];
+  // The parts of a block's sums, in their order, are added to its first.
+  INLINE void add_parts(double* sums, int64_t block) const {
+    for (int64_t p = 1; p < pieces.parts; ++p) {
+      for (int64_t c = begin(block); c < end(block); ++c) sums[c] += sums[p * job.C + c];
     }
+  }
+
+  // Channel c, of parts that have been added: job.mean and job.var.
+  INLINE bool join(int64_t c) {
+    double s = first[c], q = second[c];
     double count = double(job.count), off = s / count, var = q / count - off * off;
     job.mean[c] = shift[c] + off;
     job.var[c] = var > 0 || var != var ? var : 0;
@@ -133,12 +136,7 @@ struct Drive {
   }
 
   INLINE void join_sums(int64_t c) {
-    double s = 0, q = 0, t = 0;
-    for (int64_t p = 0; p < pieces.parts; ++p) {
-      s += first[p * job.C + c];
-      q += second[p * job.C + c];
-      t += third[p * job.C + c];
-    }
+    double s = first[c], q = second[c], t = third[c];
     // Taken about affine.mean, which is job.mean rounded, or the mean given, which may be too.
     double at = affine.mean[c];
     if (job.train && !job.pooled) {
@@ -339,6 +337,8 @@ struct Drive {
   }
   INLINE bool joined(int64_t block) {
     bool good = true;
+    add_parts(first, block);
+    add_parts(second, block);
     for (int64_t c = begin(block); c < end(block); ++c) good &= join(c);
     return good;
   }
@@ -425,6 +425,11 @@ struct Drive {
     bool keeps = MODE == TILED && with_sums && with_gradient && sizeof(T) == sizeof(A);
     kept = !keeps ? nullptr : dresidual ? dresidual : dx;
     auto after = [&](int64_t block) {
+      if (with_sums) {
+        add_parts(first, block);
+        add_parts(second, block);
+        add_parts(third, block);
+      }
       for (int64_t c = begin(block); c < end(block); ++c) {
         if (with_sums) join_sums(c);
         if (with_gradient) prepare_gradient(c);

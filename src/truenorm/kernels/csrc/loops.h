@@ -411,19 +411,45 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
   sums = own;
 }
 
-// A few rows at a time, along their columns, as memory is read fastest: f(row, column, rows,
-// vectors) for all whole vectors of L of `n` columns in rows [r0, r1) that the mask, if any, shows.
+// Where sums of CHAIN rows begin and end: what is between waits in the nearest cache.
+enum Stage { WHOLE, BEGIN, MIDDLE, END };
+
+// Sums of `rows` rows more, of one vector of columns.
+template <Stage STAGE, class A>
+struct Waiting {
+  vec<A> sum;
+  explicit INLINE Waiting(const A* at)
+      : sum(STAGE == WHOLE || STAGE == BEGIN ? vec<A>{} : load(at)) {}
+  INLINE void keep(A* at, double* total) const {
+    if constexpr (STAGE == WHOLE || STAGE == END) {
+      widen_onto(total, sum);
+    } else {
+      store(at, sum);
+    }
+  }
+};
+
+// CHAIN rows after CHAIN rows, along their columns, as memory is read fastest: f(row, column, rows,
+// vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1) that the mask, if any,
+// shows. Rows that registers can hold the sums of are taken together, of wider ones two.
 template <int64_t L, class F>
 INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, F f) {
-  auto along = [&](int64_t row, auto rows) INLINE_LAMBDA {
+  auto along = [&](int64_t row, auto rows, auto stage) INLINE_LAMBDA {
     int64_t i = 0;
-    for (; i + ABREAST * L <= n; i += ABREAST * L) f(row, i, rows, Count<ABREAST>{});
-    for (; i + L <= n; i += L) f(row, i, rows, Count<1>{});
+    for (; i + ABREAST * L <= n; i += ABREAST * L) f(row, i, rows, Count<ABREAST>{}, stage);
+    for (; i + L <= n; i += L) f(row, i, rows, Count<1>{}, stage);
   };
   int64_t r = r0;
-  for (; !mask && r + CHAIN <= r1; r += CHAIN) along(r, Count<CHAIN>{});
+  for (; !mask && n <= ABREAST * L && r + CHAIN <= r1; r += CHAIN) {
+    along(r, Count<CHAIN>{}, Count<WHOLE>{});
+  }
+  for (; !mask && r + CHAIN <= r1; r += CHAIN) {
+    along(r, Count<2>{}, Count<BEGIN>{});
+    for (int64_t k = 2; k < CHAIN - 2; k += 2) along(r + k, Count<2>{}, Count<MIDDLE>{});
+    along(r + CHAIN - 2, Count<2>{}, Count<END>{});
+  }
   for (; r < r1; ++r) {
-    if (!mask || mask[r]) along(r, Count<1>{});
+    if (!mask || mask[r]) along(r, Count<1>{}, Count<WHOLE>{});
   }
 }
 
@@ -435,20 +461,21 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
   int64_t i = 0;
   if constexpr (!EXACT) {
     // What the rows give goes to `first` and `second`, which the nearest cache holds.
-    auto step = [&](int64_t row, int64_t column, auto rows, auto vectors) INLINE_LAMBDA {
-      constexpr int64_t V = decltype(vectors)::value;
-      VF by[V], s[V] = {}, q[V] = {};
-      for (int64_t v = 0; v < V; ++v) by[v] = load(shift32 + column + v * LF);
-      for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-        for (int64_t v = 0; v < V; ++v) {
-          VF d = load(x + (row + k) * stride + column + v * LF) - by[v];
-          s[v] += d;
-          q[v] += d * d;
+    float waiting[2][BLOCK];
+    auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
+                    auto stage) INLINE_LAMBDA {
+      typedef Waiting<Stage(decltype(stage)::value), float> Sum;
+      for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
+        int64_t at = column + v * LF;
+        VF by = load(shift32 + at);
+        Sum s(waiting[0] + at), q(waiting[1] + at);
+        for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+          VF d = load(x + (row + k) * stride + at) - by;
+          s.sum += d;
+          q.sum += d * d;
         }
-      }
-      for (int64_t v = 0; v < V; ++v) {
-        widen_onto(first + column + v * LF, s[v]);
-        widen_onto(second + column + v * LF, q[v]);
+        s.keep(waiting[0] + at, first + at);
+        q.keep(waiting[1] + at, second + at);
       }
     };
     along_rows<LF>(r0, r1, n, mask, step);
@@ -509,23 +536,22 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
-  auto step = [&](int64_t row, int64_t column, auto rows, auto vectors) INLINE_LAMBDA {
-    constexpr int64_t V = decltype(vectors)::value;
-    vec<A> s[V] = {}, q[V] = {}, t[V] = {};
-    for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-      int64_t at = (row + k) * stride;
-      for (int64_t v = 0; v < V; ++v) {
-        int64_t i = column + v * L;
+  A waiting[3][BLOCK];
+  auto step = [&](int64_t row, int64_t column, auto rows, auto vectors, auto stage) INLINE_LAMBDA {
+    typedef Waiting<Stage(decltype(stage)::value), A> Sum;
+    for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
+      int64_t i = column + v * L;
+      Sum s(waiting[0] + i), q(waiting[1] + i), t(waiting[2] + i);
+      for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+        int64_t at = (row + k) * stride;
         vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
                                                       m, ks, o, high);
         vec<A> d = load(x + at + i) - m.at(i);
-        s[v] += g, q[v] += g * d, t[v] += d;
+        s.sum += g, q.sum += g * d, t.sum += d;
       }
-    }
-    for (int64_t v = 0; v < V; ++v) {
-      widen_onto(first + column + v * L, s[v]);
-      widen_onto(second + column + v * L, q[v]);
-      widen_onto(third + column + v * L, t[v]);
+      s.keep(waiting[0] + i, first + i);
+      q.keep(waiting[1] + i, second + i);
+      t.keep(waiting[2] + i, third + i);
     }
   };
   along_rows<L>(r, r1, n, nullptr, step);
