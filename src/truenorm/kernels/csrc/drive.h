@@ -27,8 +27,9 @@ struct Pieces {
     width = most(1, BLOCK / job.S);
     blocks = (job.C + width - 1) / width;
     int64_t columns = least(width, job.C) * job.S;
-    int64_t values = blocks >= 8 ? 4 * PART : PART;
-    size = most(CHAIN, values / columns / CHAIN * CHAIN);
+    // Few enough that what each costs beside its values is little, enough for many threads.
+    size = most(PART / columns, (job.N + 31) / 32);
+    size = most(CHAIN, size / CHAIN * CHAIN);
     parts = most(1, (job.N + size - 1) / size);
   }
 };
@@ -70,16 +71,19 @@ struct Drive {
     }
   }
 
-  INLINE void choose_shift(int64_t c) {
-    // Of a few values, far apart, whose number is a power of two: equal ones give themselves.
-    int64_t values = job.N * job.S;
-    double sum = 0;
+  // The mean of a few values, far apart, whose number is a power of two: equal ones give
+  // themselves.
+  INLINE void choose_shifts(int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) shift[c] = 0;
     for (int64_t k = 0; k < SAMPLES; ++k) {
-      int64_t i = values * k / SAMPLES, n = i / job.S, s = i % job.S;
-      sum += widen(x[(n * job.C + c) * job.S + s]);
+      int64_t i = job.N * job.S * k / SAMPLES, n = i / job.S, s = i % job.S;
+      const T* from = x + n * job.C * job.S + s;
+      for (int64_t c = c0; c < c1; ++c) shift[c] += widen(from[c * job.S]);
     }
-    sum /= SAMPLES;
-    shift[c] = sum - sum == 0 ? double(A(sum)) : 0;
+    for (int64_t c = c0; c < c1; ++c) {
+      double mean = shift[c] / SAMPLES;
+      shift[c] = mean - mean == 0 ? double(A(mean)) : 0;
+    }
   }
 
   // The parts of a block's sums, in their order, are added to its first.
@@ -162,13 +166,12 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
-    double by[BLOCK], s[BLOCK], q[BLOCK];
+    double by[BLOCK + 24], s[BLOCK + 24], q[BLOCK + 24];
     float by32[BLOCK];
-    for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t i = (c - c0) * S; i < (c - c0 + 1) * S; ++i) {
-        s[i] = q[i] = 0;
-        by32[i] = float(by[i] = shift[c]);
-      }
+    expand(shift, c0, c1, by);
+    for (int64_t i = 0; i < n; ++i) {
+      s[i] = q[i] = 0;
+      by32[i] = float(by[i]);
     }
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
     moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, s, q);
@@ -177,6 +180,10 @@ struct Drive {
   }
 
   INLINE void gather(int64_t c0, int64_t c1, int64_t part, const double* columns, double* to) {
+    if (job.S == 1) {
+      __builtin_memcpy(to + part * job.C + c0, columns, size_t(c1 - c0) * sizeof(double));
+      return;
+    }
     for (int64_t c = c0; c < c1; ++c) {
       double sum = 0;
       for (int64_t k = 0; k < job.S; ++k) sum += columns[(c - c0) * job.S + k];
@@ -185,13 +192,14 @@ struct Drive {
   }
 
   // Channel parameters p, one a column of channels [c0, c1), `times` over.
-  INLINE void expand(const A* p, int64_t c0, int64_t c1, A* to, int64_t times = 1) const {
+  template <class V>
+  INLINE void expand(const V* p, int64_t c0, int64_t c1, V* to, int64_t times = 1) const {
     int64_t n = (c1 - c0) * job.S;
     for (int64_t c = c0; job.S > 1 && c < c1; ++c) {
       for (int64_t k = 0; k < job.S; ++k) to[(c - c0) * job.S + k] = p[c];
     }
-    if (job.S == 1) __builtin_memcpy(to, p + c0, size_t(n) * sizeof(A));
-    for (int64_t k = 1; k < times; ++k) __builtin_memcpy(to + k * n, to, size_t(n) * sizeof(A));
+    if (job.S == 1) __builtin_memcpy(to, p + c0, size_t(n) * sizeof(V));
+    for (int64_t k = 1; k < times; ++k) __builtin_memcpy(to + k * n, to, size_t(n) * sizeof(V));
   }
   // How many rows of n columns are worked on as one run: they lie behind each other where one
   // block has all channels.
@@ -211,7 +219,7 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
-    A m[BLOCK], k[BLOCK], o[BLOCK];
+    A m[BLOCK + 48], k[BLOCK + 48], o[BLOCK + 48];
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
     int64_t step = together(n, r1 - r0);
     expand(affine.mean, c0, c1, m, step);
@@ -246,8 +254,8 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    A m[BLOCK], k[BLOCK], o[BLOCK];
-    double s[BLOCK], q[BLOCK], t[BLOCK];
+    A m[BLOCK + 48], k[BLOCK + 48], o[BLOCK + 48];
+    double s[BLOCK + 24], q[BLOCK + 24], t[BLOCK + 24];
     for (int64_t i = 0; i < n; ++i) s[i] = q[i] = t[i] = 0;
     expand(affine.mean, c0, c1, m);
     expand(affine.scale, c0, c1, k);
@@ -329,7 +337,7 @@ struct Drive {
   }
 
   NOINLINE void find_moments(int64_t block) {
-    for (int64_t c = begin(block); c < end(block); ++c) choose_shift(c);
+    choose_shifts(begin(block), end(block));
     for (int64_t p = 0; p < pieces.parts; ++p) moments_one<AT_ONCE>(block, p);
     for (int64_t tries = 0; !joined(block) && tries < 2; ++tries) {
       for (int64_t p = 0; p < pieces.parts; ++p) moments_one<true>(block, p);
@@ -352,7 +360,7 @@ struct Drive {
       each_block([&](int64_t block) { find_moments(block); });
       return;
     }
-    for (int64_t c = 0; c < job.C; ++c) choose_shift(c);
+    choose_shifts(0, job.C);
     each_piece([&](int64_t block, int64_t part) { moments_one<AT_ONCE>(block, part); });
     for (int64_t tries = 0; tries < 2; ++tries) {
       bool good = true;

@@ -461,7 +461,7 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
   int64_t i = 0;
   if constexpr (!EXACT) {
     // What the rows give goes to `first` and `second`, which the nearest cache holds.
-    float waiting[2][BLOCK];
+    float waiting[2][BLOCK + 48];
     auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
                     auto stage) INLINE_LAMBDA {
       typedef Waiting<Stage(decltype(stage)::value), float> Sum;
@@ -536,7 +536,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
-  A waiting[3][BLOCK];
+  A waiting[3][BLOCK + 48];
   auto step = [&](int64_t row, int64_t column, auto rows, auto vectors, auto stage) INLINE_LAMBDA {
     typedef Waiting<Stage(decltype(stage)::value), A> Sum;
     for (int64_t v = 0; v < decltype(vectors)::value; ++v) {

@@ -179,11 +179,17 @@ INLINE V held(V v) {
 // LD values as doubles.
 typedef float HalfF __attribute__((vector_size(BYTES / 2)));
 INLINE VD load_double(const double* p) { return load(p); }
+#if HALF == 2
+INLINE VD load_double(const float* p) { return (VD)_mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+#elif HALF == 1
+INLINE VD load_double(const float* p) { return (VD)_mm256_cvtps_pd(_mm_loadu_ps(p)); }
+#else
 INLINE VD load_double(const float* p) {
   HalfF v;
   __builtin_memcpy(&v, p, BYTES / 2);
   return __builtin_convertvector(v, VD);
 }
+#endif
 template <class T>
 INLINE VD load_double(const T* p) {
   HalfF v;
@@ -217,18 +223,14 @@ INLINE vec<A> spread(A v) {
   return v - vec<A>{};
 }
 
-// The halves of a vector of floats, as doubles.
-#if BYTES == 64
-#define LOWER 0, 1, 2, 3, 4, 5, 6, 7
-#define UPPER 8, 9, 10, 11, 12, 13, 14, 15
-#elif BYTES == 32
-#define LOWER 0, 1, 2, 3
-#define UPPER 4, 5, 6, 7
+// The halves of a vector of floats, as doubles; compilers make three instructions of one.
+#if HALF == 2
+INLINE VD lower(VF v) { return (VD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
+INLINE VD upper(VF v) { return (VD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
+#elif HALF == 1
+INLINE VD lower(VF v) { return (VD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+INLINE VD upper(VF v) { return (VD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
 #else
-#define LOWER 0, 1
-#define UPPER 2, 3
+INLINE VD lower(VF v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), VD); }
+INLINE VD upper(VF v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), VD); }
 #endif
-INLINE VD lower(VF v) { return __builtin_convertvector(__builtin_shufflevector(v, v, LOWER), VD); }
-INLINE VD upper(VF v) { return __builtin_convertvector(__builtin_shufflevector(v, v, UPPER), VD); }
-#undef LOWER
-#undef UPPER
