@@ -158,7 +158,8 @@ struct Drive {
     if (job.layout == Layout::planes) {
       Sums sums;
       runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
-        moments_run<T, EXACT>(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block], sums);
+        moments_run<T, EXACT>(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block],
+                              ahead_of(job), sums);
       });
       first[part * job.C + block] = total(sums.first[0] + sums.first[1]) + sums.first1;
       second[part * job.C + block] = total(sums.second[0] + sums.second[1]) + sums.second1;
@@ -174,7 +175,8 @@ struct Drive {
       by32[i] = float(by[i]);
     }
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, s, q);
+    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, ahead_of(job), s,
+                           q);
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
   }

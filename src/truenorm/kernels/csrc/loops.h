@@ -13,6 +13,16 @@ constexpr int64_t CHAIN = 8;        // vectors that are added up before they are
 constexpr int64_t ABREAST = HALF == 2 ? 4 : 2;  // vectors of columns whose sums registers hold
 constexpr int64_t SAMPLES = 8;
 
+// How far ahead of a value the processor is told what is read next, where that is not in its caches
+// and it does not see so itself: the same place of the next run, or so many values on in rows; 0
+// where it need not be told, as in long runs.
+constexpr int64_t AHEAD = 1024, FAR = 1 << 21;  // values
+INLINE int64_t ahead_of(const Job& job) {
+  if (job.N * job.C * job.S < FAR) return 0;
+  if (job.layout == Layout::rows) return AHEAD;
+  return job.S <= AHEAD ? job.C * job.S : 0;
+}
+
 template <int64_t N>
 struct Count {
   static constexpr int64_t value = N;
@@ -139,8 +149,13 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
+  const int64_t ahead = ahead_of(job);
   auto loop = [&](auto streams) INLINE_LAMBDA {
     for (; i + L <= n; i += L) {
+      if (ahead) {
+        __builtin_prefetch(x + i + ahead);
+        if constexpr (!decltype(streams)::value) __builtin_prefetch(y + i + ahead, 1);
+      }
       vec<A> z = (load(x + i) - m.at(i)) * k.at(i) + o.at(i);
       if constexpr (RESIDUAL) z += load(residual + i);
       if constexpr (MODE == RELU) z = z < 0 ? vec<A>{} : (z > high ? high : z);  // NaN stays
@@ -254,9 +269,15 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
   int64_t i = 0;
   const Parameter<A, COLUMNS> m(mean), k(scale), o(offset), pa(a), pb(b), pc(c);
   const vec<A> high = spread(bound_of<A>(job.act));
+  const int64_t ahead = ahead_of(job);
   auto loop = [&](auto with_dx, auto with_residual, auto streams) INLINE_LAMBDA {
     constexpr bool STREAM = decltype(streams)::value;
     for (; i + L <= n; i += L) {
+      if (ahead) {
+        __builtin_prefetch(x + i + ahead);
+        __builtin_prefetch(dy + i + ahead);
+        if constexpr (decltype(with_dx)::value && !STREAM) __builtin_prefetch(dx + i + ahead, 1);
+      }
       vec<A> g = gradient_at<T, MODE, OUTPUT, COLUMNS>(x, out, dy, i, m, k, o, high);
       if constexpr (decltype(with_residual)::value) put<STREAM>(dresidual + i, g);
       if constexpr (decltype(with_dx)::value) {
@@ -299,9 +320,10 @@ INLINE void widen_onto(double* sums, VD v) { store(sums, load(sums) + v); }
 
 // `count` vectors of x - shift, and their squares, added up.
 template <int64_t count, class T>
-INLINE void moments_chain(const T* x, VF by, Sums& sums) {
+INLINE void moments_chain(const T* x, VF by, int64_t ahead, Sums& sums) {
   VF s{}, q{};
   for (int64_t k = 0; k < count; ++k) {
+    if (ahead) __builtin_prefetch(x + k * LF + ahead);
     VF d = load(x + k * LF) - by;
     s += d;
     q += d * d;
@@ -312,14 +334,15 @@ INLINE void moments_chain(const T* x, VF by, Sums& sums) {
 
 // Sums of x - shift and its square, of one run of a channel.
 template <class T, bool EXACT>
-INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift, Sums& sums) {
+INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift, int64_t ahead,
+                        Sums& sums) {
   int64_t i = 0;
   if constexpr (!EXACT) {
     if (!mask) {
       VF by = spread(float(shift));
       Sums own = sums;
-      for (; i + CHAIN * LF <= n; i += CHAIN * LF) moments_chain<CHAIN>(x + i, by, own);
-      for (; i + LF <= n; i += LF) moments_chain<1>(x + i, by, own);
+      for (; i + CHAIN * LF <= n; i += CHAIN * LF) moments_chain<CHAIN>(x + i, by, ahead, own);
+      for (; i + LF <= n; i += LF) moments_chain<1>(x + i, by, ahead, own);
       sums = own;
     }
   }
@@ -359,6 +382,7 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
   const T* from = x;
+  const int64_t ahead = ahead_of(job);
   const Parameter<A, false> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
   Sums own = sums;  // in registers
@@ -368,6 +392,10 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
     auto chain = [&](auto count) INLINE_LAMBDA {
       vec<A> s{}, q{}, t{};
       for (int64_t k = 0; k < decltype(count)::value; ++k) {
+        if (ahead) {
+          __builtin_prefetch(x + i + k * L + ahead);
+          __builtin_prefetch(dy + (x - from) + i + k * L + ahead);
+        }
         vec<A> g = gradient(i + k * L), d = load(x + i + k * L) - m.at(i);
         s += g, q += g * d, t += d;
       }
@@ -456,8 +484,8 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, F
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
 template <class T, bool EXACT>
 INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
-                         int64_t n, const double* shift, const float* shift32, double* first,
-                         double* second) {
+                         int64_t n, const double* shift, const float* shift32, int64_t ahead,
+                         double* first, double* second) {
   int64_t i = 0;
   if constexpr (!EXACT) {
     // What the rows give goes to `first` and `second`, which the nearest cache holds.
@@ -470,7 +498,9 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
         VF by = load(shift32 + at);
         Sum s(waiting[0] + at), q(waiting[1] + at);
         for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          VF d = load(x + (row + k) * stride + at) - by;
+          const T* from = x + (row + k) * stride + at;
+          if (ahead) __builtin_prefetch(from + ahead);
+          VF d = load(from) - by;
           s.sum += d;
           q.sum += d * d;
         }
@@ -536,6 +566,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
+  const int64_t ahead = ahead_of(job);
   A waiting[3][BLOCK + 48];
   auto step = [&](int64_t row, int64_t column, auto rows, auto vectors, auto stage) INLINE_LAMBDA {
     typedef Waiting<Stage(decltype(stage)::value), A> Sum;
@@ -544,6 +575,10 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       Sum s(waiting[0] + i), q(waiting[1] + i), t(waiting[2] + i);
       for (int64_t k = 0; k < decltype(rows)::value; ++k) {
         int64_t at = (row + k) * stride;
+        if (ahead) {
+          __builtin_prefetch(x + at + i + ahead);
+          __builtin_prefetch(dy + at + i + ahead);
+        }
         vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
                                                       m, ks, o, high);
         vec<A> d = load(x + at + i) - m.at(i);

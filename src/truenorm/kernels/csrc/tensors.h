@@ -153,7 +153,7 @@ inline const Tensor& in_order(const Tensor& x, Order order, const Tensor& like, 
   return copy;
 }
 
-constexpr int64_t STREAMED = 1 << 24;  // bytes from which results are written past the caches
+constexpr int64_t STREAMED = 12 << 20;  // bytes from which results are written past the caches
 constexpr int64_t WIDEST = 128;  // positions up to which contiguous maps are worked on as rows
 
 inline Job job_of(const Tensor& x, Order order) {
