@@ -175,8 +175,7 @@ struct Drive {
       by32[i] = float(by[i]);
     }
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, ahead_of(job), s,
-                           q);
+    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, far(job), s, q);
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
   }

@@ -17,8 +17,9 @@ constexpr int64_t SAMPLES = 8;
 // and it does not see so itself: the same place of the next run, or so many values on in rows; 0
 // where it need not be told, as in long runs.
 constexpr int64_t AHEAD = 1024, FAR = 1 << 21;  // values
+INLINE bool far(const Job& job) { return job.N * job.C * job.S >= FAR; }
 INLINE int64_t ahead_of(const Job& job) {
-  if (job.N * job.C * job.S < FAR) return 0;
+  if (!far(job)) return 0;
   if (job.layout == Layout::rows) return AHEAD;
   return job.S <= AHEAD ? job.C * job.S : 0;
 }
@@ -459,22 +460,30 @@ struct Waiting {
 
 // CHAIN rows after CHAIN rows, along their columns, as memory is read fastest: f(row, column, rows,
 // vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1) that the mask, if any,
-// shows. Rows that registers can hold the sums of are taken together, of wider ones two.
+// shows. Rows that registers can hold the sums of are taken together, of wider ones two; but one
+// after the other if they lie far: memory is read fastest in its own order.
 template <int64_t L, class F>
-INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, F f) {
+INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, bool far, F f) {
   auto along = [&](int64_t row, auto rows, auto stage) INLINE_LAMBDA {
     int64_t i = 0;
     for (; i + ABREAST * L <= n; i += ABREAST * L) f(row, i, rows, Count<ABREAST>{}, stage);
     for (; i + L <= n; i += L) f(row, i, rows, Count<1>{}, stage);
   };
+  auto in_turn = [&](int64_t row, auto rows) INLINE_LAMBDA {
+    constexpr int64_t R = decltype(rows)::value;
+    along(row, rows, Count<BEGIN>{});
+    for (int64_t k = R; k < CHAIN - R; k += R) along(row + k, rows, Count<MIDDLE>{});
+    along(row + CHAIN - R, rows, Count<END>{});
+  };
   int64_t r = r0;
-  for (; !mask && n <= ABREAST * L && r + CHAIN <= r1; r += CHAIN) {
-    along(r, Count<CHAIN>{}, Count<WHOLE>{});
-  }
   for (; !mask && r + CHAIN <= r1; r += CHAIN) {
-    along(r, Count<2>{}, Count<BEGIN>{});
-    for (int64_t k = 2; k < CHAIN - 2; k += 2) along(r + k, Count<2>{}, Count<MIDDLE>{});
-    along(r + CHAIN - 2, Count<2>{}, Count<END>{});
+    if (far) {
+      in_turn(r, Count<1>{});
+    } else if (n <= ABREAST * L) {
+      along(r, Count<CHAIN>{}, Count<WHOLE>{});
+    } else {
+      in_turn(r, Count<2>{});
+    }
   }
   for (; r < r1; ++r) {
     if (!mask || mask[r]) along(r, Count<1>{}, Count<WHOLE>{});
@@ -484,7 +493,7 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, F
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
 template <class T, bool EXACT>
 INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
-                         int64_t n, const double* shift, const float* shift32, int64_t ahead,
+                         int64_t n, const double* shift, const float* shift32, bool far,
                          double* first, double* second) {
   int64_t i = 0;
   if constexpr (!EXACT) {
@@ -498,9 +507,7 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
         VF by = load(shift32 + at);
         Sum s(waiting[0] + at), q(waiting[1] + at);
         for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          const T* from = x + (row + k) * stride + at;
-          if (ahead) __builtin_prefetch(from + ahead);
-          VF d = load(from) - by;
+          VF d = load(x + (row + k) * stride + at) - by;
           s.sum += d;
           q.sum += d * d;
         }
@@ -508,7 +515,7 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
         q.keep(waiting[1] + at, second + at);
       }
     };
-    along_rows<LF>(r0, r1, n, mask, step);
+    along_rows<LF>(r0, r1, n, mask, far, step);
     i = n / LF * LF;
   }
   for (int64_t r = r0; r < r1; ++r) {
@@ -566,7 +573,6 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
-  const int64_t ahead = ahead_of(job);
   A waiting[3][BLOCK + 48];
   auto step = [&](int64_t row, int64_t column, auto rows, auto vectors, auto stage) INLINE_LAMBDA {
     typedef Waiting<Stage(decltype(stage)::value), A> Sum;
@@ -575,10 +581,6 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       Sum s(waiting[0] + i), q(waiting[1] + i), t(waiting[2] + i);
       for (int64_t k = 0; k < decltype(rows)::value; ++k) {
         int64_t at = (row + k) * stride;
-        if (ahead) {
-          __builtin_prefetch(x + at + i + ahead);
-          __builtin_prefetch(dy + at + i + ahead);
-        }
         vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
                                                       m, ks, o, high);
         vec<A> d = load(x + at + i) - m.at(i);
@@ -589,7 +591,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       t.keep(waiting[2] + i, third + i);
     }
   };
-  along_rows<L>(r, r1, n, nullptr, step);
+  along_rows<L>(r, r1, n, nullptr, far(job), step);
   for (int64_t i = n / L * L; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
