@@ -13,15 +13,14 @@ constexpr int64_t CHAIN = 8;        // vectors that are added up before they are
 constexpr int64_t ABREAST = HALF == 2 ? 4 : 2;  // vectors of columns whose sums registers hold
 constexpr int64_t SAMPLES = 8;
 
-// How far ahead of a value the processor is told what is read next, where that is not in its caches
-// and it does not see so itself: the same place of the next run, or so many values on in rows; 0
-// where it need not be told, as in long runs.
-constexpr int64_t AHEAD = 1024, FAR = 1 << 21;  // values
+constexpr int64_t FAR = 1 << 21;  // values of which not all are in the caches
 INLINE bool far(const Job& job) { return job.N * job.C * job.S >= FAR; }
+
+// How far ahead of a value the processor is told what is read next: the same place of the next run,
+// where runs are short and far; 0 where it sees so itself.
+constexpr int64_t SHORT = 1024;
 INLINE int64_t ahead_of(const Job& job) {
-  if (!far(job)) return 0;
-  if (job.layout == Layout::rows) return AHEAD;
-  return job.S <= AHEAD ? job.C * job.S : 0;
+  return job.layout == Layout::planes && job.S <= SHORT && far(job) ? job.C * job.S : 0;
 }
 
 template <int64_t N>
