@@ -87,7 +87,7 @@ Forward forward(const Tensor& given, const Tensor& weight, const Tensor& bias,
   Tensor copy, copied_residual;
   Order order = order_of(given);
   const Tensor& x = in_order(given, order, given, copy);
-  Job job = job_of(x, order);
+  Job job = job_of(x, order, training);
   int64_t C = job.C;
   job.eps = eps;
   use_threads(job);
@@ -158,7 +158,7 @@ Gradients backward(const Tensor& grad, const Tensor& given, const Tensor& weight
   Order order = order_of(given);
   const Tensor& x = in_order(given, order, given, copy);
   const Tensor& dy = in_order(grad, order, x, copied_grad);
-  Job job = job_of(x, order);
+  Job job = job_of(x, order, training);
   int64_t C = job.C;
   job.eps = eps;
   use_threads(job);

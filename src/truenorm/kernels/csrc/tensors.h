@@ -153,10 +153,12 @@ inline const Tensor& in_order(const Tensor& x, Order order, const Tensor& like, 
   return copy;
 }
 
-constexpr int64_t STREAMED = 12 << 20;  // bytes from which results are written past the caches
+// Bytes from which results are written past the caches: in a step of training, whose tensors wait
+// for the backward pass, much sooner than where only the result is wanted, and soon.
+constexpr int64_t STREAMED_IN_TRAINING = 3 << 20, STREAMED = 12 << 20;
 constexpr int64_t WIDEST = 128;  // positions up to which contiguous maps are worked on as rows
 
-inline Job job_of(const Tensor& x, Order order) {
+inline Job job_of(const Tensor& x, Order order, bool training) {
   int64_t ndim = x.ndim();
   const int64_t* sizes = x.sizes();
   if (ndim < 2) throw std::runtime_error("batch norm takes an input of at least two axes");
@@ -175,7 +177,7 @@ inline Job job_of(const Tensor& x, Order order) {
   job.count = job.N * job.S;
   job.x = x.data();
   int64_t bytes = job.dtype == Dtype::f64 ? 8 : job.dtype == Dtype::f32 ? 4 : 2;
-  job.stream = job.N * job.C * job.S * bytes >= STREAMED;
+  job.stream = job.N * job.C * job.S * bytes >= (training ? STREAMED_IN_TRAINING : STREAMED);
   return job;
 }
 
