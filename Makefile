@@ -29,6 +29,7 @@ bench: .venv/ready-dev
 	$(BIN)/python bench/main_job.py
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/steps.py
 	$(BIN)/python bench/small_batch.py
 	$(BIN)/python bench/doctor.py
 	$(BIN)/python bench/folding.py
