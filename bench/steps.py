@@ -52,12 +52,18 @@ def of_ours(name: str) -> Callable[[], tuple[nn.Module, Tensor, Tensor]]:
     def make() -> tuple[nn.Module, Tensor, Tensor]:
         part = truenorm.load("mnist").train
         x, y = torch.as_tensor(part.x[:64]), torch.as_tensor(part.y[:64])
-        return build(ModelSpec(name=name), tuple(x.shape[1:]), 10, seed=0), x.float() / 255, y.long()
+        return (
+            build(ModelSpec(name=name), tuple(x.shape[1:]), 10, seed=0),
+            x.float() / 255,
+            y.long(),
+        )
 
     return make
 
 
-MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], tuple[float | None, ...]]] = {
+MODELS: dict[
+    str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], tuple[float | None, ...]]
+] = {
     "convnet, MNIST, batch 64": (of_ours("convnet"), (None, 1.25)),
     "resnet, MNIST, batch 64": (of_ours("resnet"), (None, 1.15)),
     "transformers' ResNet-50, (8, 3, 128, 128)": (of_transformers("ResNet"), (1.08, None)),
