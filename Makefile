@@ -45,8 +45,16 @@ statistics: .venv/ready-dev
 recipes: .venv/ready-dev
 	$(BIN)/python bench/recipes.py
 
+# One wheel for every Python from 3.11 and every torch from 2.10 on, and the proof of both.
 wheel: .venv/ready-dev
-	$(BIN)/python -m build
+	$(INSTALL) --no-build-isolation --editable ".[wheel]"
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/torch-abi-audit --check torch src/truenorm/kernels/_kernels.abi3.so
 
 KERNELS := setup.py src/truenorm/kernels/build.py $(wildcard src/truenorm/kernels/csrc/*)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
