@@ -170,3 +170,97 @@ def test_by_the_running_statistics_it_is_the_composition(frozen, added):
     assert torch.allclose(layer(x, residual=given), expected, atol=1e-6)
     with torch.no_grad():
         assert torch.allclose(layer(x, residual=given), expected, atol=1e-6)
+
+
+MASKED = {
+    "maps": ((4, 3, 5, 5), "contiguous"),
+    "maps as rows": ((4, 3, 5, 5), "channels last"),
+    "long maps": ((3, 2, 17, 20), "contiguous"),
+    "rows": ((9, 4), None),
+    "sequences": ((3, 4, 11), None),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("case", MASKED)
+def test_what_a_mask_hides_is_not_seen_and_the_rest_is_as_packed(case, act, training):
+    shape, layout = MASKED[case]
+    x, residual, grad = torch.randn(3, *shape, dtype=torch.float64)
+    mask = torch.rand(shape[0], *shape[2:]) > 0.4
+    mask.view(-1)[:2] = True
+    mask.view(-1)[-1] = False
+    shown = mask.unsqueeze(1).expand(shape)
+    x = torch.where(shown, x * 3 + 100, torch.nan)
+    residual = torch.where(shown, residual, torch.inf)
+    if layout:
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+    weight, bias = torch.randn(2, shape[1], dtype=torch.float64)
+    momentum = 0.1 if training else None
+
+    def ours(x, weight, bias, running, residual):
+        more = {"momentum": momentum, "act": act, "residual": residual, "mask": mask}
+        return fused.batch_norm_act(x, (weight, bias), running, 1e-5, **more)[0]
+
+    def packed(values):
+        return values.movedim(1, -1)[mask].clone()
+
+    def theirs(x, weight, bias, running, residual):
+        more = {"training": training, "act": act, "residual": residual}
+        return composed(x, (weight, bias), running, **more)
+
+    found = outcome(ours, (x, weight, bias, residual), grad)
+    right = outcome(theirs, (packed(x), weight, bias, packed(residual)), packed(grad))
+    whole = {0, 1, 4}  # output and the gradients of x and the residual
+    for place, (one, other) in enumerate(zip(found, right, strict=True)):
+        if place in whole:
+            assert not one[~shown].any()
+        mine = packed(one) if place in whole else one
+        assert torch.allclose(mine, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "tanh"])
+def test_with_a_mask_gradients_and_their_gradients_are_those_of_differences(act):
+    x, residual = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(4, 3, 3) > 0.3
+
+    def run(x, residual, weight, bias):
+        running = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        more = {"momentum": 0.1, "act": act, "residual": residual, "mask": mask}
+        return fused.batch_norm_act(x, (weight, bias), running, 1e-5, **more)[0]
+
+    assert torch.autograd.gradcheck(run, (x, residual, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (x, residual, weight, bias))
+
+
+def test_moments_are_those_of_what_the_mask_shows():
+    x = torch.randn(5, 3, 4, 6) * 2 + 1e4
+    mask = torch.rand(5, 4, 6) > 0.5
+    for values, given in (
+        (x, None),
+        (x, mask),
+        (x.contiguous(memory_format=LAYOUTS["channels last"]), mask),
+    ):
+        mean, var = ops.moments(values, given)
+        rows = x.double().movedim(1, -1)[torch.ones_like(mask) if given is None else mask]
+        assert torch.allclose(mean, rows.mean(0), rtol=1e-12)
+        assert torch.allclose(var, rows.var(0, correction=0), rtol=1e-6)
+    assert not torch.cat(ops.moments(x, torch.zeros_like(mask))).any()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("renorm", [None, truenorm.Renorm()], ids=["plain", "renorm"])
+def test_a_layers_options_are_the_same_numbers_without_the_kernels(masked, renorm):
+    x, mask = torch.randn(8, 3, 6, 6) * 3 + 5, torch.rand(8, 6, 6) > 0.3
+    found = []
+    for choice in ("auto", "torch"):
+        layer = truenorm.BatchNorm2d(3, renorm=renorm, act="elu")
+        leaf = x.clone().requires_grad_()
+        with ops.use(choice):
+            for _ in range(3):
+                y = layer(leaf, mask if masked else None)
+            y.square().sum().backward()
+        found.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)

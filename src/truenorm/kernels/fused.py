@@ -55,12 +55,13 @@ class _BatchNormAct(torch.autograd.Function):
         momentum: float,
         eps: float,
         act: str,
+        mask: Tensor | None,
         found: list[bool],
     ) -> Tensor:
         number = _NUMBERS[act]
         y: Tensor
         y, moments, told = torch.ops.truenorm.batch_norm_act(
-            x, residual, weight, bias, *running, training, momentum, eps, number
+            x, residual, weight, bias, *running, training, momentum, eps, number, mask
         )
         found.append(told.numel() == 0)
         by_output = residual is not None and act in _BY_OUTPUT
@@ -69,13 +70,13 @@ class _BatchNormAct(torch.autograd.Function):
             x, residual if added else None, y if by_output else None, weight, bias, moments
         )
         ctx.added = residual is not None
-        ctx.options = training, eps, act
+        ctx.options = training, eps, act, mask
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, output, weight, bias, moments = ctx.saved_tensors
-        training, eps, act = ctx.options
+        training, eps, act, mask = ctx.options
         of_x, of_residual, of_weight, of_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # the gradient will be differentiated
             grads = _differentiable(ctx, grad)
@@ -83,7 +84,7 @@ class _BatchNormAct(torch.autograd.Function):
             wanted = [of_x, of_weight, of_bias, of_residual]
             grads = torch.ops.truenorm.batch_norm_act_backward(
                 grad, x, residual, output, weight, bias, moments, training, eps,
-                _NUMBERS[act], wanted,
+                _NUMBERS[act], wanted, mask,
             )  # fmt: skip
         dx, dweight, dbias, dresidual = grads
         return (
@@ -91,24 +92,32 @@ class _BatchNormAct(torch.autograd.Function):
             dresidual if of_residual else None,
             dweight if of_weight else None,
             dbias if of_bias else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, bias and residual, in torch's differentiable operations."""
     x, residual, output, weight, bias, moments = ctx.saved_tensors
-    training, eps, act = ctx.options
+    training, eps, act, mask = ctx.options
     with torch.enable_grad():
         mean, var = (None, None) if training else moments.to(_statistics_dtype(x))
-        out = F.batch_norm(x, mean, var, weight, bias, training, 0.0, eps)
+        values, added = x, residual
+        if mask is not None:  # a NaN that nobody sees would come back with a gradient of 0
+            mask = mask.unsqueeze(1)
+            values, grad = torch.where(mask, x, 0), torch.where(mask, grad, 0)
+            added = None if residual is None else torch.where(mask, residual, 0)
+        if mask is None or not training:
+            out = F.batch_norm(values, mean, var, weight, bias, training, 0.0, eps)
+        else:
+            out = _masked(values, mask, weight, bias, eps)
         of_residual = None
         if output is not None:  # of an activation whose slope is constant in pieces
             grad = grad * _slope(act, output)
         if output is not None or act == "none":
             of_residual = grad if ctx.added else None
         else:
-            out = OPERATIONS[act](out if residual is None else out + residual)
+            out = OPERATIONS[act](out if added is None else out + added)
         of = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, of, grad, create_graph=True))
     grads = [
@@ -116,6 +125,24 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         for t in (x, weight, bias, residual)
     ]
     return *grads[:3], grads[3] if of_residual is None else of_residual
+
+
+def _masked(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by the moments of what ``mask``, (N, 1, *S), shows."""
+    axes = [0, *range(2, x.ndim)]
+    count = mask.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0).sum(axes, keepdim=True) / count
+
+    centred = x.to(_statistics_dtype(x))
+    centred = centred - mean(centred)
+    out = centred * torch.rsqrt(mean(centred.square()) + eps)
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    out = out if weight is None else out * weight.view(shape)
+    return (out if bias is None else out + bias.view(shape)).to(x.dtype)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -143,6 +170,7 @@ def batch_norm_act(
     momentum: float | None,
     act: str = "none",
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """act(batch norm of x + residual), differentiable twice; needs live kernels.
 
@@ -154,6 +182,8 @@ def batch_norm_act(
         momentum: weight of the new value; None to normalize by ``running``.
         act: one of :data:`ACTIVATIONS`.
         residual: of x's shape, dtype and device.
+        mask: bool (N, *S), contiguous, True for values that count, of which there must be one;
+            the others are not looked at, and are zero in the output.
 
     Returns:
         The output, of shape and dtype of ``x``, and whether the batch was finite.
@@ -164,11 +194,11 @@ def batch_norm_act(
     y: Tensor
     if not torch.is_grad_enabled():  # a node of Python's costs more than a small layer
         y, _, told = torch.ops.truenorm.batch_norm_act(
-            x, residual, *affine, *statistics, training, momentum or 0.0, eps, _NUMBERS[act]
+            x, residual, *affine, *statistics, training, momentum or 0.0, eps, _NUMBERS[act], mask
         )
         return y, told.numel() == 0
     found: list[bool] = []
     y = _BatchNormAct.apply(  # type: ignore[no-untyped-call]
-        x, residual, *affine, statistics, training, momentum or 0.0, eps, act, found
+        x, residual, *affine, statistics, training, momentum or 0.0, eps, act, mask, found
     )
     return y, found[0]

@@ -77,6 +77,17 @@ def batch_norm(
     return out, told.numel() == 0
 
 
+def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (C,) of float64, outside of the graph; needs live kernels.
+
+    Args:
+        x: (N, C, *S) on a CPU, of any layout and floating dtype.
+        mask: bool (N, *S), True for the values that count; of none both are 0.
+    """
+    mean, var = torch.ops.truenorm.moments(x.detach(), mask)
+    return mean, var
+
+
 def with_moments(
     x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,14 +183,18 @@ def _shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shapes_of_gradients(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weight, bias, mask = rest[2], rest[3], rest[-1]
+    weight, bias, wanted = rest[2], rest[3], rest[8]
     of = x if bias is None else bias
     column = x.new_empty(x.shape[1], dtype=(of if weight is None else weight).dtype)
     nothing = x.new_empty(0, dtype=torch.float32)
     return tuple(
         torch.empty_like(like if want else nothing)
-        for like, want in zip((x, column, column, x), mask, strict=True)
+        for like, want in zip((x, column, column, x), wanted, strict=True)
     )
+
+
+def _shapes_of_moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 @cache
@@ -187,6 +202,7 @@ def _describe() -> None:
     """Tell torch the shapes that the operators of their own return, for tensors without data."""
     torch.library.register_fake("truenorm::batch_norm_act", _shapes)
     torch.library.register_fake("truenorm::batch_norm_act_backward", _shapes_of_gradients)
+    torch.library.register_fake("truenorm::moments", _shapes_of_moments)
 
 
 class _Users:

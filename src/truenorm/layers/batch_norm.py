@@ -30,6 +30,7 @@ from truenorm.layers.running import RunningStatistics
 
 # Looked up once: see BatchNorm.forward.
 _kernel, _cat, _isfinite = torch.native_batch_norm, torch.cat, math.isfinite
+_ANY = range(2, 65)  # torch's tensors have up to 64 axes
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made into it each time
 
 OWN = (
@@ -199,7 +200,7 @@ class BatchNorm(RunningStatistics):
 
     # -- forward -----------------------------------------------------------------------------
 
-    def forward(  # noqa: PLR0912  the commonest case in the fewest calls
+    def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Normalize, add ``residual``, activate.
@@ -226,7 +227,7 @@ class BatchNorm(RunningStatistics):
             if (
                 type(input) is Tensor
                 and mean is not None
-                and input.dim() in self._axes
+                and input.dim() in (self._axes or _ANY)
                 and input.size(1) == features  # input.shape costs as much as all these lines
                 and input.numel() >= own["_least"] * features
                 and input.is_cpu
@@ -239,47 +240,19 @@ class BatchNorm(RunningStatistics):
                 and (residual is None or _like(residual, input))
                 and (ops.live() or self._torch_serves(input, mean, residual))
             ):
-                running, momentum = (mean, var), own["momentum"]
-                counts = graph_task() == NO_GRAPH_TASK
-                if counts:
-                    batches.add_(_ONE)
-                    if momentum is None:
-                        momentum = 1 / int(batches)
-                else:  # within a backward pass a forward is repeated that has been counted
-                    running, momentum = (torch.zeros_like(mean), torch.zeros_like(var)), 1.0
-                affine = parameters["weight"], parameters["bias"]
-                act, eps = own["_options"].act, own["eps"]
-                if not ops.live():
-                    out = self._by_torch(input, affine, running, momentum)
-                    return out if act is None else ACTIVATIONS[act](out)
-                apart = residual is None and (act is None or input.numel() <= fused.SMALL)
-                if apart or not fused.serves():
-                    out, finite = ops.batch_norm(input, affine, running, momentum, eps)
-                    if residual is not None:
-                        out = out + residual
-                    if act is not None:
-                        out = ACTIVATIONS[act](out)
-                else:
-                    out, finite = fused.batch_norm_act(
-                        input,
-                        affine,
-                        running,
-                        eps,
-                        momentum=momentum,
-                        act=act or "none",
-                        residual=residual,
-                    )
-                if not finite and counts:
-                    batches.sub_(_ONE)
-                    self._tally(torch.tensor(False))
-                return out
+                return self._in_training(input, residual, (mean, var), batches)
         if not isinstance(input, Tensor):
             return traced(self, input, mask, residual)
         self._check_input_dim(input)
-        if mask is None and self._at_once(input, residual):
-            return self._by_running(input, residual)
         if mask is not None:
             mask = functional.valid(mask, input)
+        if self._at_once(input, residual):
+            places = None if mask is None else _places(mask, input)
+            if mask is None or places is not None:
+                out = self._by_kernels(input, residual, places)
+                if out is not None:
+                    return out
+        if mask is not None:
             input = torch.where(mask, input, 0)
         out = self._normalized(input, mask)
         if residual is not None:
@@ -288,19 +261,82 @@ class BatchNorm(RunningStatistics):
             out = ACTIVATIONS[self._options.act](out)
         return out if mask is None else torch.where(mask, out, 0)
 
+    def _in_training(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        running: tuple[Tensor, Tensor],
+        batches: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The commonest case, or that with a mask (N, *S) which the kernels take."""
+        own = self.__dict__
+        momentum, parameters = own["momentum"], own["_parameters"]
+        counts = graph_task() == NO_GRAPH_TASK
+        if counts:
+            batches.add_(_ONE)
+            if momentum is None:
+                momentum = 1 / int(batches)
+        else:  # within a backward pass a forward is repeated that has been counted
+            mean, var = running
+            running, momentum = (torch.zeros_like(mean), torch.zeros_like(var)), 1.0
+        affine = parameters["weight"], parameters["bias"]
+        act, eps = own["_options"].act, own["eps"]
+        if not ops.live():
+            out = self._by_torch(x, affine, running, momentum)
+            return out if act is None else ACTIVATIONS[act](out)
+        apart = residual is mask is None and (act is None or x.numel() <= fused.SMALL)
+        if apart or not fused.serves():
+            out, finite = ops.batch_norm(x, affine, running, momentum, eps)
+            if residual is not None:
+                out = out + residual
+            if act is not None:
+                out = ACTIVATIONS[act](out)
+        else:
+            out, finite = fused.batch_norm_act(
+                x,
+                affine,
+                running,
+                eps,
+                momentum=momentum,
+                act=act or "none",
+                residual=residual,
+                mask=mask,
+            )
+        if not finite and counts:
+            batches.sub_(_ONE)
+            self._tally(torch.tensor(False))
+        return out
+
     def _at_once(self, x: Tensor, residual: Tensor | None) -> bool:
-        """Whether the kernels can do all that follows from the running statistics in one sweep."""
+        """Whether the kernels can do all for ``x`` in one go, but for what the options ask."""
         return (
-            (self._options.frozen or not self.training)
-            and self._buffers.get("running_mean") is not None
-            and type(x) is Tensor
+            type(x) is Tensor
             and x.is_cpu
             and x.numel() > 0
+            and self._buffers.get("running_mean") is not None
             and not (captured() or wrapped(x))
             and (residual is None or _like(residual, x))
             and ops.live()
             and fused.serves()
         )
+
+    def _by_kernels(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """By one sweep over what ``mask`` (N, *S) shows; None where that is not all there is."""
+        mean, var, batches = self._statistics()
+        act = self._options.act or "none"
+        if self._options.frozen or not self.training:
+            affine = self.weight, self.bias
+            out, _ = fused.batch_norm_act(
+                x, affine, (mean, var), self._eps, momentum=None, act=act, residual=residual,
+                mask=mask,
+            )  # fmt: skip
+            return out
+        if mask is None or not (self._direct and {"weight", "bias"} <= self._parameters.keys()):
+            return None
+        if self.num_batches_tracked is None or int(mask.sum()) < self._least:
+            return None
+        return self._in_training(x, residual, (mean, var), batches, mask)
 
     def _torch_serves(self, x: Tensor, mean: Tensor, residual: Tensor | None) -> bool:
         """Whether torch's kernel can do all in one go, for an input that is not far from 0."""
@@ -332,7 +368,7 @@ class BatchNorm(RunningStatistics):
         if self.running_mean is None:
             _refuse_without_statistics(options)
         if options.frozen or not (self.training or self.running_mean is None):
-            return self._by_running_of_torch(x)
+            return self._by_running(x)
         if mask is not None or (self.training and options.sync):
             return self._by_moments(x, mask)
         sizes = options.ghost_sizes(x.shape[0], x.shape[2:].numel()) if self.training else None
@@ -354,14 +390,7 @@ class BatchNorm(RunningStatistics):
             bias = bias.to(dtype)
         return weight, bias
 
-    def _by_running(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        mean, var, _ = self._statistics()
-        affine, act = (self.weight, self.bias), self._options.act or "none"
-        return fused.batch_norm_act(
-            x, affine, (mean, var), self._eps, momentum=None, act=act, residual=residual
-        )[0]
-
-    def _by_running_of_torch(self, x: Tensor) -> Tensor:
+    def _by_running(self, x: Tensor) -> Tensor:
         mean, var, _ = self._statistics()
         dtype = functional.statistics_dtype(x)
         if mean.dtype != dtype:
@@ -372,6 +401,8 @@ class BatchNorm(RunningStatistics):
     def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
+        if renorm is not None and len(sizes) == 1 and self._at_once(x, None):
+            return self._renormalized(x, renorm)
         positions = x.shape[2:].numel()
         dtype = functional.statistics_dtype(x)
         affine = self._affine_in(dtype)
@@ -392,6 +423,28 @@ class BatchNorm(RunningStatistics):
                 for out, correction in zip(outs, corrections, strict=True)
             ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if self._tracks():
+            self._observe(batch, out)
+        elif self._pending:
+            self._recognize(batch)
+        return out
+
+    def _renormalized(self, x: Tensor, renorm: Renorm) -> Tensor:
+        """Batch renormalization: (x_hat * r + d) * weight + bias, r and d constant."""
+        mean, var = ops.moments(x)
+        count = mean.new_full((1, 1), x.numel() // self.num_features)
+        batch = Moments(mean[None], var[None], count)
+        running_mean, running_var, batches = self._statistics_for(batch)
+        r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
+        weight, bias = self._affine_in(functional.statistics_dtype(x))
+        scale, offset = (part[0].to(functional.statistics_dtype(x)) for part in (r, d))
+        if weight is not None:
+            scale, offset = scale * weight, offset * weight
+        if bias is not None:
+            offset = offset + bias
+        out, _ = fused.batch_norm_act(
+            x, (scale, offset), (torch.zeros_like(mean), var), self._eps, momentum=0.0
+        )
         if self._tracks():
             self._observe(batch, out)
         elif self._pending:
@@ -587,6 +640,13 @@ def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:  # what a NaN sends back through an activation is NaN, wherever it stood
         residual = torch.where(mask, residual, 0)
     return (out + residual).to(out.dtype)
+
+
+def _places(mask: Tensor, x: Tensor) -> Tensor | None:
+    """``mask`` (as functional.valid gives it) as (N, *S) for all channels; None if they differ."""
+    if mask.shape[1] != 1 or type(mask) is not Tensor or not mask.is_cpu:
+        return None
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous()
 
 
 def _like(residual: Any, x: Tensor) -> bool:

@@ -286,18 +286,22 @@ def _samples_of_operators() -> dict[str, dict[str, tuple[Any, ...]]]:
     weight, bias, mean = torch.randn(3, 3)
     var, moments = torch.rand(3), torch.rand(2, 3, dtype=torch.float64)
     last = x.contiguous(memory_format=torch.channels_last)
+    mask = torch.rand(4, 5, 6) > 0.3
     return {
         "truenorm::batch_norm_act": {
             "plain": (x, None, None, None, mean, var, True, 0.1, 1e-5, 0),
             "all": (x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 1),
             "evaluation": (x, None, weight, bias, mean, var, False, 0.0, 1e-5, 5),
             "channels last": (last, None, weight, bias, mean, var, True, 0.1, 1e-5, 5),
+            "mask": (x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 5, mask),
         },
         "truenorm::batch_norm_act_backward": {
             "all": (grad, x, residual, None, weight, bias, moments, True, 1e-5, 5, [True] * 4),
             "output": (grad, x, None, x, weight, bias, moments, True, 1e-5, 1, [True] * 4),
             "none": (grad, x, None, None, None, None, moments, True, 1e-5, 1, [False] * 4),
+            "mask": (grad, x, None, None, weight, bias, moments, True, 1e-5, 1, [True] * 4, mask),
         },
+        "truenorm::moments": {"plain": (x,), "mask": (last, mask)},
     }
 
 

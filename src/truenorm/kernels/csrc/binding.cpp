@@ -67,11 +67,20 @@ struct After {
   Tensor residual, mask;
 };
 
+// Lets `job` see what a mask (N, *S) shows, and that alone.
+void show(Job& job, const Tensor& mask) {
+  job.mask = mask.data<uint8_t>();
+  if (job.S > 1) job.layout = Layout::planes;  // whose runs can be cut
+  int64_t places = job.N * job.S;
+  job.count = 0;
+  for (int64_t i = 0; i < places; ++i) job.count += job.mask[i] != 0;
+}
+
 // Points `job` at what stands behind, in x's order; a residual of another order is copied.
 void put_after(Job& job, const After& after, const Tensor& x, Order order, Tensor& copy) {
   job.act = after.act;
   if (after.residual) job.residual = in_order(after.residual, order, x, copy).data();
-  if (after.mask) job.mask = after.mask.data<uint8_t>();
+  if (after.mask) show(job, after.mask);
 }
 
 struct Forward {
@@ -270,16 +279,40 @@ void batch_norm_backward(StableIValue* stack, uint64_t inputs, uint64_t outputs)
 const char* const SCHEMAS[] = {
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias,"
     " Tensor(a!) running_mean, Tensor(b!) running_var, bool training, float momentum, float eps,"
-    " int act) -> (Tensor, Tensor, Tensor)",
+    " int act, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? output,"
     " Tensor? weight, Tensor? bias, Tensor moments, bool training, float eps, int act,"
-    " bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool[4] output_mask, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "moments(Tensor x, Tensor? mask=None) -> Tensor",
 };
 
 Act act_of(StableIValue value) {
   int64_t act = (int64_t)value;
   if (act < 0 || act >= int64_t(Act::count)) throw std::runtime_error("no such activation");
   return Act(act);
+}
+
+// Mean and biased variance as (2, C) of float64.
+Tensor table_of(const std::vector<double>& mean, const std::vector<double>& var) {
+  int64_t sizes[] = {2, int64_t(mean.size())}, strides[] = {sizes[1], 1};
+  Tensor table = empty(2, sizes, strides, aoti_torch_dtype_float64());
+  std::memcpy(table.data<double>(), mean.data(), size_t(sizes[1]) * 8);
+  std::memcpy(table.data<double>() + sizes[1], var.data(), size_t(sizes[1]) * 8);
+  return table;
+}
+
+void moments(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor given = tensor(stack[0]), mask = optional(stack[1]), copy;
+  Order order = order_of(given);
+  const Tensor& x = in_order(given, order, given, copy);
+  Job job = job_of(x, order, true);
+  use_threads(job);
+  if (mask) show(job, mask);
+  std::vector<double> mean(job.C), var(job.C);
+  job.mean = mean.data();
+  job.var = var.data();
+  kernels->moments(job);
+  stack[0] = give(table_of(mean, var));
 }
 
 // The output; mean and biased variance by which it was normalized, (2, C) of float64; and what
@@ -291,14 +324,11 @@ void batch_norm_act(StableIValue* stack, uint64_t, uint64_t) {
   Tensor weight = optional(stack[2]), bias = optional(stack[3]), mean = tensor(stack[4]),
          var = tensor(stack[5]);
   after.act = act_of(stack[9]);
+  after.mask = optional(stack[10]);
   Forward out = forward(x, weight, bias, mean, var, flag(stack[6]), number(stack[7]),
                         number(stack[8]), true, after);
-  int64_t sizes[] = {2, int64_t(out.mean.size())}, strides[] = {sizes[1], 1};
-  Tensor moments = empty(2, sizes, strides, aoti_torch_dtype_float64());
-  std::memcpy(moments.data<double>(), out.mean.data(), size_t(sizes[1]) * 8);
-  std::memcpy(moments.data<double>() + sizes[1], out.var.data(), size_t(sizes[1]) * 8);
   stack[0] = give(std::move(out.y));
-  stack[1] = give(std::move(moments));
+  stack[1] = give(table_of(out.mean, out.var));
   stack[2] = give(told(out.finite));
 }
 
@@ -309,6 +339,7 @@ void batch_norm_act_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor output = optional(stack[3]), weight = optional(stack[4]), bias = optional(stack[5]),
          moments = tensor(stack[6]);
   after.act = act_of(stack[9]);
+  after.mask = optional(stack[11]);
   int64_t C = x.sizes()[1];
   const double* held = moments.data<double>();
   std::vector<double> mean(held, held + C), var(held + C, held + 2 * C);
@@ -367,6 +398,7 @@ EXPORT int truenorm_take_over(int torch_too) try {
     TORCH(aoti_torch_library_init_impl("truenorm", "CPU", __FILE__, __LINE__, &own));
     put(own, "batch_norm_act", batch_norm_act);
     put(own, "batch_norm_act_backward", batch_norm_act_backward);
+    put(own, "moments", moments);
   }
   if (torch_too && !for_torch) {
     for_torch = library();

@@ -60,13 +60,34 @@ struct Drive {
     affine = {p, p + job.C, p + 2 * job.C, p + 3 * job.C, p + 4 * job.C, p + 5 * job.C};
   }
 
-  // Runs of channel c in part p: f(offset, length, the first value's place in the mask).
+  // Stretches of `length` values or rows, from the place `from` of the mask, that are all shown or
+  // all not: f(from, length, shown).
+  template <class F>
+  INLINE void stretches(int64_t from, int64_t length, F f) const {
+    if (!job.mask) return f(from, length, true);
+    for (int64_t end = from + length; from < end;) {
+      bool shown = job.mask[from];
+      uint64_t eight, same = shown ? 0x0101010101010101 : 0;
+      int64_t to = from + 1;
+      for (; to + 8 <= end; to += 8) {
+        __builtin_memcpy(&eight, job.mask + to, 8);
+        if (eight != same) break;
+      }
+      while (to < end && bool(job.mask[to]) == shown) ++to;
+      f(from, to - from, shown);
+      from = to;
+    }
+  }
+
+  // Runs of channel c in part p, cut where the mask changes: f(offset, length, shown).
   template <class F>
   INLINE void runs(int64_t c, int64_t part, F f) const {
     int64_t at = part * pieces.size, end = least(at + pieces.size, job.N * job.S);
     while (at < end) {
       int64_t n = at / job.S, s = at % job.S, length = least(job.S - s, end - at);
-      f((n * job.C + c) * job.S + s, length, at);
+      stretches(at, length, [&](int64_t from, int64_t size, bool shown) INLINE_LAMBDA {
+        f((n * job.C + c) * job.S + s + from - at, size, shown);
+      });
       at += length;
     }
   }
@@ -157,9 +178,8 @@ struct Drive {
   INLINE void moments_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
       Sums sums;
-      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
-        moments_run<T, EXACT>(x + at, job.mask ? job.mask + mask : nullptr, n, shift[block],
-                              ahead_of(job), sums);
+      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
+        if (shown) moments_run<T, EXACT>(x + at, n, shift[block], ahead_of(job), sums);
       });
       first[part * job.C + block] = total(sums.first[0] + sums.first[1]) + sums.first1;
       second[part * job.C + block] = total(sums.second[0] + sums.second[1]) + sums.second1;
@@ -175,7 +195,10 @@ struct Drive {
       by32[i] = float(by[i]);
     }
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    moments_rows<T, EXACT>(x + c0 * S, job.mask, r0, r1, job.C * S, n, by, by32, far(job), s, q);
+    stretches(r0, r1 - r0, [&](int64_t row, int64_t rows, bool shown) INLINE_LAMBDA {
+      if (!shown) return;
+      moments_rows<T, EXACT>(x + c0 * S, row, row + rows, job.C * S, n, by, by32, far(job), s, q);
+    });
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
   }
@@ -208,13 +231,34 @@ struct Drive {
     return pieces.blocks > 1 || job.mask ? 1 : most(1, least(BLOCK / n, rows));
   }
 
+  // n values of channel c that lie side by side; zero where they are not shown.
+  template <Mode MODE, bool RESIDUAL>
+  INLINE void apply_stretch(int64_t c, int64_t at, int64_t n, bool shown) {
+    if (!shown) {
+      __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
+      return;
+    }
+    apply_run<T, MODE, RESIDUAL, false>(job, x + at, residual + (RESIDUAL ? at : 0), y + at, n,
+                                        affine.mean + c, affine.scale + c, affine.offset + c);
+  }
+  template <Mode MODE, bool OUTPUT>
+  INLINE void gradient_stretch(int64_t c, int64_t at, int64_t n, bool shown) {
+    if (!shown) {
+      if (dx) __builtin_memset((void*)(dx + at), 0, size_t(n) * sizeof(T));
+      if (dresidual) __builtin_memset((void*)(dresidual + at), 0, size_t(n) * sizeof(T));
+      return;
+    }
+    gradient_run<T, MODE, OUTPUT, false>(
+        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr, dy + at,
+        kept ? kept + at : nullptr, dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, n,
+        affine, c);
+  }
+
   template <Mode MODE, bool RESIDUAL>
   INLINE void apply_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
-      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
-        apply_run<T, MODE, RESIDUAL, false>(
-            job, x + at, residual + (RESIDUAL ? at : 0), job.mask ? job.mask + mask : nullptr,
-            y + at, n, affine.mean + block, affine.scale + block, affine.offset + block);
+      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
+        apply_stretch<MODE, RESIDUAL>(block, at, n, shown);
       });
       return;
     }
@@ -232,8 +276,8 @@ struct Drive {
         __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
         continue;
       }
-      apply_run<T, MODE, RESIDUAL, true>(job, x + at, residual + (RESIDUAL ? at : 0), nullptr,
-                                         y + at, n * least(step, r1 - r), m, k, o);
+      apply_run<T, MODE, RESIDUAL, true>(job, x + at, residual + (RESIDUAL ? at : 0), y + at,
+                                         n * least(step, r1 - r), m, k, o);
     }
   }
 
@@ -241,10 +285,10 @@ struct Drive {
   INLINE void sums_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
       Sums sums;
-      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
+      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
+        if (!shown) return;
         sums_run<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                                  out ? out + at : nullptr, job.mask ? job.mask + mask : nullptr,
-                                  dy + at, kept ? kept + at : nullptr, n, affine.mean + block,
+                                  out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, n, affine.mean + block,
                                   affine.scale + block, affine.offset + block, sums);
       });
       int64_t to = part * job.C + block;
@@ -262,9 +306,12 @@ struct Drive {
     expand(affine.scale, c0, c1, k);
     expand(affine.offset, c0, c1, o);
     int64_t at = c0 * S;
-    sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                               out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, r0,
-                               r1, job.C * S, n, m, k, o, s, q, t);
+    stretches(r0, r1 - r0, [&](int64_t row, int64_t rows, bool shown) INLINE_LAMBDA {
+      if (!shown) return;
+      sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
+                                 out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr,
+                                 row, row + rows, job.C * S, n, m, k, o, s, q, t);
+    });
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
     gather(c0, c1, part, t, third);
@@ -273,11 +320,8 @@ struct Drive {
   template <Mode MODE, bool OUTPUT>
   INLINE void gradient_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
-      runs(block, part, [&](int64_t at, int64_t n, int64_t mask) INLINE_LAMBDA {
-        gradient_run<T, MODE, OUTPUT, false>(
-            job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
-            job.mask ? job.mask + mask : nullptr, dy + at, kept ? kept + at : nullptr,
-            dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, n, affine, block);
+      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
+        gradient_stretch<MODE, OUTPUT>(block, at, n, shown);
       });
       return;
     }
@@ -300,7 +344,7 @@ struct Drive {
         continue;
       }
       gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
-                                          out ? out + at : nullptr, nullptr, dy + at,
+                                          out ? out + at : nullptr, dy + at,
                                           kept ? kept + at : nullptr, dx ? dx + at : nullptr,
                                           dresidual ? dresidual + at : nullptr,
                                           n * least(step, r1 - r), p, 0);
@@ -404,18 +448,16 @@ struct Drive {
   template <Mode MODE, bool RESIDUAL>
   NOINLINE void apply_of(int64_t run) {
     int64_t c = run % job.C, at = run * job.S;
-    apply_run<T, MODE, RESIDUAL, false>(job, x + at, residual + (RESIDUAL ? at : 0),
-                                        job.mask ? job.mask + run / job.C * job.S : nullptr,
-                                        y + at, job.S, affine.mean + c, affine.scale + c,
-                                        affine.offset + c);
+    stretches(run / job.C * job.S, job.S, [&](int64_t from, int64_t n, bool shown) INLINE_LAMBDA {
+      apply_stretch<MODE, RESIDUAL>(c, at + from - run / job.C * job.S, n, shown);
+    });
   }
   template <Mode MODE, bool OUTPUT>
   NOINLINE void gradient_of(int64_t run) {
     int64_t c = run % job.C, at = run * job.S;
-    gradient_run<T, MODE, OUTPUT, false>(
-        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
-        job.mask ? job.mask + run / job.C * job.S : nullptr, dy + at, kept ? kept + at : nullptr,
-        dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, job.S, affine, c);
+    stretches(run / job.C * job.S, job.S, [&](int64_t from, int64_t n, bool shown) INLINE_LAMBDA {
+      gradient_stretch<MODE, OUTPUT>(c, at + from - run / job.C * job.S, n, shown);
+    });
   }
 
   template <Mode MODE, bool OUTPUT>
@@ -466,7 +508,7 @@ struct Drive {
 };
 
 INLINE Mode mode_of(const Job& job, bool relu_by_tile) {
-  if (job.mask || relu_by_tile) return TILED;
+  if (relu_by_tile) return TILED;
   if (job.act == Act::none) return PLAIN;
   return job.act == Act::relu || job.act == Act::relu6 ? RELU : TILED;
 }

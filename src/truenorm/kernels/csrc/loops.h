@@ -126,8 +126,7 @@ INLINE void narrow_tile(const wide<T>* from, T* to, int64_t n) {
 }
 
 template <class T, Mode MODE, bool RESIDUAL, bool COLUMNS>
-INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8_t* mask, T* y,
-                      int64_t n, const wide<T>* mean, const wide<T>* scale,
+INLINE void apply_run(const Job& job, const T* x, const T* residual, T* y, int64_t n, const wide<T>* mean, const wide<T>* scale,
                       const wide<T>* offset) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
@@ -139,9 +138,6 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
       before_activation<T, COLUMNS>(x + at, RESIDUAL ? residual + at : nullptr, tile, size,
                                     mean + to, scale + to, offset + to);
       activate(job.act, tile, size);
-      if (mask) {
-        for (int64_t i = 0; i < size; ++i) tile[i] = mask[at + i] ? tile[i] : A(0);
-      }
       narrow_tile(tile, y + at, size);
     }
     return;
@@ -179,7 +175,7 @@ INLINE void apply_run(const Job& job, const T* x, const T* residual, const uint8
 // The gradient in front of the activation of n <= TILE values, for TILED.
 template <class T, bool COLUMNS>
 INLINE void gradient_tile(const Job& job, const T* x, const T* residual, const T* out,
-                          const uint8_t* mask, const T* dy, wide<T>* tile, int64_t n,
+                          const T* dy, wide<T>* tile, int64_t n,
                           const wide<T>* mean, const wide<T>* scale, const wide<T>* offset) {
   typedef wide<T> A;
   A z[TILE];
@@ -190,9 +186,6 @@ INLINE void gradient_tile(const Job& job, const T* x, const T* residual, const T
   } else if (job.act != Act::none) {
     before_activation<T, COLUMNS>(x, residual, z, n, mean, scale, offset);
     slope_by_input(job.act, z, tile, n);
-  }
-  if (mask) {
-    for (int64_t i = 0; i < n; ++i) tile[i] = mask[i] ? tile[i] : A(0);
   }
 }
 
@@ -232,7 +225,7 @@ INLINE wide<T> gradient_of_one(const T* x, const T* out, const T* dy, int64_t i,
 
 template <class T, Mode MODE, bool OUTPUT, bool COLUMNS>
 INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T* out,
-                         const uint8_t* mask, const T* dy, const T* kept, T* dx, T* dresidual,
+                         const T* dy, const T* kept, T* dx, T* dresidual,
                          int64_t n, const Affine<wide<T>>& p, int64_t at) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
@@ -246,21 +239,19 @@ INLINE void gradient_run(const Job& job, const T* x, const T* residual, const T*
         widen_tile(kept + to, tile, size);
       } else {
         gradient_tile<T, COLUMNS>(job, x + to, residual ? residual + to : nullptr,
-                                  out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to,
-                                  tile, size, mean + k, scale + k, offset + k);
+                                  out ? out + to : nullptr, dy + to, tile, size, mean + k, scale + k, offset + k);
       }
       if (dresidual && dresidual != kept) narrow_tile(tile, dresidual + to, size);
       if (!dx) continue;
       const Parameter<A, COLUMNS> m(mean + k), pa(a + k), pb(b + k), pc(c + k);
       int64_t i = 0;
-      for (; !mask && i + L <= size; i += L) {
+      for (; i + L <= size; i += L) {
         vec<A> d = load(x + to + i) - m.at(i);
         store(dx + to + i, pa.at(i) * load(tile + i) + (pb.at(i) * d + pc.at(i)));
       }
       for (; i < size; ++i) {
         int64_t j = COLUMNS ? k + i : 0;
         A value = a[j] * tile[i] + (b[j] * (widen(x[to + i]) - mean[j]) + c[j]);
-        if (mask && !mask[to + i]) value = 0;
         dx[to + i] = narrow<T>(value);
       }
     }
@@ -334,20 +325,17 @@ INLINE void moments_chain(const T* x, VF by, int64_t ahead, Sums& sums) {
 
 // Sums of x - shift and its square, of one run of a channel.
 template <class T, bool EXACT>
-INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift, int64_t ahead,
-                        Sums& sums) {
+INLINE void moments_run(const T* x, int64_t n, double shift, int64_t ahead, Sums& sums) {
   int64_t i = 0;
   if constexpr (!EXACT) {
-    if (!mask) {
-      VF by = spread(float(shift));
-      Sums own = sums;
-      for (; i + CHAIN * LF <= n; i += CHAIN * LF) moments_chain<CHAIN>(x + i, by, ahead, own);
-      for (; i + LF <= n; i += LF) moments_chain<1>(x + i, by, ahead, own);
-      sums = own;
-    }
+    VF by = spread(float(shift));
+    Sums own = sums;
+    for (; i + CHAIN * LF <= n; i += CHAIN * LF) moments_chain<CHAIN>(x + i, by, ahead, own);
+    for (; i + LF <= n; i += LF) moments_chain<1>(x + i, by, ahead, own);
+    sums = own;
   }
   VD by = spread(shift);
-  if (!mask && n >= 4 * LD) {
+  if (n >= 4 * LD) {
     // In registers, four of each: an addition waits for the one before it.
     VD s0 = sums.first[0], s1 = sums.first[1], s2{}, s3{};
     VD q0 = sums.second[0], q1 = sums.second[1], q2{}, q3{};
@@ -360,13 +348,12 @@ INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift
     sums.first[0] = s0 + s2, sums.first[1] = s1 + s3;
     sums.second[0] = q0 + q2, sums.second[1] = q1 + q3;
   }
-  for (; !mask && i + LD <= n; i += LD) {
+  for (; i + LD <= n; i += LD) {
     VD d = load_double(x + i) - by;
     sums.first[0] += d;
     sums.second[0] += d * d;
   }
   for (; i < n; ++i) {
-    if (mask && !mask[i]) continue;
     double d = double(widen(x[i])) - shift;
     sums.first1 += d;
     sums.second1 += d * d;
@@ -377,7 +364,7 @@ INLINE void moments_run(const T* x, const uint8_t* mask, int64_t n, double shift
 // writes g to `kept`, if that is given.
 template <class T, Mode MODE, bool OUTPUT>
 INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out,
-                     const uint8_t* mask, const T* dy, T* kept, int64_t n, const wide<T>* mean,
+                     const T* dy, T* kept, int64_t n, const wide<T>* mean,
                      const wide<T>* scale, const wide<T>* offset, Sums& sums) {
   typedef wide<T> A;
   constexpr int64_t L = lanes<A>;
@@ -404,10 +391,9 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
       widen_into(own.third, t);
     };
     constexpr int64_t count = sizeof(A) == 8 ? 2 : CHAIN;
-    for (; !mask && i + count * L <= size; i += count * L) chain(Count<count>{});
-    for (; !mask && i + L <= size; i += L) chain(Count<1>{});
+    for (; i + count * L <= size; i += count * L) chain(Count<count>{});
+    for (; i + L <= size; i += L) chain(Count<1>{});
     for (; i < size; ++i) {
-      if (mask && !mask[x + i - from]) continue;
       double g = gradient_one(i), d = widen(x[i]) - *mean;
       own.first1 += g;
       own.second1 += g * d;
@@ -419,8 +405,7 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
     for (int64_t to = 0; to < n; to += TILE) {
       int64_t size = least(TILE, n - to);
       gradient_tile<T, false>(job, x + to, residual ? residual + to : nullptr,
-                              out ? out + to : nullptr, mask ? mask + to : nullptr, dy + to, tile,
-                              size, mean, scale, offset);
+                              out ? out + to : nullptr, dy + to, tile, size, mean, scale, offset);
       if (kept) narrow_tile(tile, kept + to, size);
       add(
           x + to, size, [&](int64_t i) INLINE_LAMBDA { return load(tile + i); },
@@ -458,11 +443,10 @@ struct Waiting {
 };
 
 // CHAIN rows after CHAIN rows, along their columns, as memory is read fastest: f(row, column, rows,
-// vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1) that the mask, if any,
-// shows. Rows that registers can hold the sums of are taken together, of wider ones two; but one
+// vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1). Rows that registers can hold the sums of are taken together, of wider ones two; but one
 // after the other if they lie far: memory is read fastest in its own order.
 template <int64_t L, class F>
-INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, bool far, F f) {
+INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, bool far, F f) {
   auto along = [&](int64_t row, auto rows, auto stage) INLINE_LAMBDA {
     int64_t i = 0;
     for (; i + ABREAST * L <= n; i += ABREAST * L) f(row, i, rows, Count<ABREAST>{}, stage);
@@ -475,7 +459,7 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, b
     along(row + CHAIN - R, rows, Count<END>{});
   };
   int64_t r = r0;
-  for (; !mask && r + CHAIN <= r1; r += CHAIN) {
+  for (; r + CHAIN <= r1; r += CHAIN) {
     if (far) {
       in_turn(r, Count<1>{});
     } else if (n <= ABREAST * L) {
@@ -484,15 +468,13 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, const uint8_t* mask, b
       in_turn(r, Count<2>{});
     }
   }
-  for (; r < r1; ++r) {
-    if (!mask || mask[r]) along(r, Count<1>{}, Count<WHOLE>{});
-  }
+  for (; r < r1; ++r) along(r, Count<1>{}, Count<WHOLE>{});
 }
 
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
 template <class T, bool EXACT>
-INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1, int64_t stride,
-                         int64_t n, const double* shift, const float* shift32, bool far,
+INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int64_t n,
+                         const double* shift, const float* shift32, bool far,
                          double* first, double* second) {
   int64_t i = 0;
   if constexpr (!EXACT) {
@@ -514,11 +496,10 @@ INLINE void moments_rows(const T* x, const uint8_t* mask, int64_t r0, int64_t r1
         q.keep(waiting[1] + at, second + at);
       }
     };
-    along_rows<LF>(r0, r1, n, mask, far, step);
+    along_rows<LF>(r0, r1, n, far, step);
     i = n / LF * LF;
   }
   for (int64_t r = r0; r < r1; ++r) {
-    if (mask && !mask[r]) continue;
     const T* row = x + r * stride;
     int64_t j = i;
     for (; j + LD <= n; j += LD) {
@@ -544,11 +525,10 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   if constexpr (MODE == TILED) {
     A tile[TILE];
     for (; r < r1; ++r) {
-      if (job.mask && !job.mask[r]) continue;
       for (int64_t to = 0; to < n; to += TILE) {
         int64_t size = least(TILE, n - to), at = r * stride + to;
         gradient_tile<T, true>(job, x + at, residual ? residual + at : nullptr,
-                               out ? out + at : nullptr, nullptr, dy + at, tile, size, mean + to,
+                               out ? out + at : nullptr, dy + at, tile, size, mean + to,
                                scale + to, offset + to);
         if (kept) narrow_tile(tile, kept + at, size);
         constexpr int64_t L = lanes<A>;
@@ -590,7 +570,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
       t.keep(waiting[2] + i, third + i);
     }
   };
-  along_rows<L>(r, r1, n, nullptr, far(job), step);
+  along_rows<L>(r, r1, n, far(job), step);
   for (int64_t i = n / L * L; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
