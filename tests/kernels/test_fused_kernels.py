@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import truenorm
@@ -264,3 +265,19 @@ def test_a_layers_options_are_the_same_numbers_without_the_kernels(masked, renor
         found.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, of its first use
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_transforms_of_torch_func_reach_through_an_evaluation(act):
+    layer = truenorm.BatchNorm2d(3, act=act).eval()
+    x, weights = torch.randn(4, 3, 5, 5), torch.randn(2, 3)
+
+    def run(weight):
+        return functional_call(layer, {"weight": weight}, x).square().sum()
+
+    each = torch.stack([torch.autograd.functional.jacobian(run, w) for w in weights])
+    assert torch.allclose(vmap(grad(run))(weights), each, rtol=1e-4)
+    assert torch.allclose(
+        jvp(run, (weights[0],), (weights[1],))[1], each[0] @ weights[1], rtol=1e-4
+    )

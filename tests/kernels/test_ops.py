@@ -269,6 +269,28 @@ def test_nobody_is_warned_that_kernels_are_replaced():
 
 
 @pytest.mark.parametrize(
+    "around",
+    [
+        "torch.func.grad(lambda x: layer(x).sum() + torch.func.functional_call("
+        "layer, {'weight': x[0, :, 0, 0]}, y).sum())(y)",
+        "FakeTensorMode().__enter__(); truenorm.accelerate()",
+        "torch.inference_mode().__enter__(); layer(y)",
+    ],
+    ids=["torch.func", "fake tensors", "inference mode"],
+)
+def test_the_kernels_load_wherever_they_are_first_used(around):
+    code = (
+        "import torch, truenorm\n"
+        "from torch._subclasses import FakeTensorMode\n"
+        "from truenorm.kernels import ops\n"
+        "layer, y = truenorm.BatchNorm2d(3).eval(), torch.randn(2, 3, 4, 4)\n"
+        f"{around}\n"
+        "assert ops.kernels().live\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
     ("choice", "live"), [("torch", False), ("auto", True), ("baseline", True)], ids=str
 )
 def test_the_environment_chooses_the_kernels(choice, live, monkeypatch):

@@ -157,8 +157,15 @@ def _slope(act: str, output: Tensor) -> Tensor:
 
 
 def serves() -> bool:
-    """Whether a node of Python's can stand here: no forward-mode gradient, no tracing of jit's."""
-    return forward_ad._current_level < 0 and torch._C._get_tracing_state() is None
+    """Whether a node of Python's can stand here, and values be read.
+
+    Not under forward-mode gradients, a transform of torch.func or tracing of jit's.
+    """
+    return (
+        forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def batch_norm_act(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from truenorm.errors import InputError
 from truenorm.kernels.build import LIBRARY
@@ -169,9 +170,15 @@ def _take_over(library: ctypes.CDLL, *, torch_too: bool) -> None:
     def call(value: float) -> float:
         return float(library.truenorm_take_over(torch_too))
 
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    with (
+        warnings.catch_warnings(),
+        torch._C._DisableFuncTorch(),  # the first use may be within one of its transforms
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
-        failed = torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call)
+        failed = torch.zeros(1, dtype=torch.float64, device="cpu").apply_(call).item()
     if failed:
         raise RuntimeError("torch refused the kernels")
 

@@ -246,10 +246,10 @@ class BatchNorm(RunningStatistics):
         self._check_input_dim(input)
         if mask is not None:
             mask = functional.valid(mask, input)
-        if self._at_once(input, residual):
+        if self._kernels_serve(input, residual):
             places = None if mask is None else _places(mask, input)
             if mask is None or places is not None:
-                out = self._by_kernels(input, residual, places)
+                out = self._in_one_sweep(input, residual, places)
                 if out is not None:
                     return out
         if mask is not None:
@@ -308,7 +308,7 @@ class BatchNorm(RunningStatistics):
             self._tally(torch.tensor(False))
         return out
 
-    def _at_once(self, x: Tensor, residual: Tensor | None) -> bool:
+    def _kernels_serve(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether the kernels can do all for ``x`` in one go, but for what the options ask."""
         return (
             type(x) is Tensor
@@ -321,7 +321,9 @@ class BatchNorm(RunningStatistics):
             and fused.serves()
         )
 
-    def _by_kernels(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _in_one_sweep(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
         """By one sweep over what ``mask`` (N, *S) shows; None where that is not all there is."""
         mean, var, batches = self._statistics()
         act = self._options.act or "none"
@@ -401,7 +403,7 @@ class BatchNorm(RunningStatistics):
     def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
-        if renorm is not None and len(sizes) == 1 and self._at_once(x, None):
+        if renorm is not None and len(sizes) == 1 and self._kernels_serve(x, None):
             return self._renormalized(x, renorm)
         positions = x.shape[2:].numel()
         dtype = functional.statistics_dtype(x)
