@@ -347,7 +347,7 @@ def test_a_model_whose_gammas_begin_random_has_not_been_trained_before_its_first
     assert tn.examine(model, PICTURES).healthy
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     model.eval()
-    for x, y in PICTURES * 12:  # in eval mode, so that statistics stay
+    for x, y in PICTURES * 25:  # in eval mode, so that statistics stay
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

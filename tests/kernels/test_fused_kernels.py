@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import truenorm
@@ -281,3 +282,23 @@ def test_transforms_of_torch_func_reach_through_an_evaluation(act):
     assert torch.allclose(
         jvp(run, (weights[0],), (weights[1],))[1], each[0] @ weights[1], rtol=1e-4
     )
+
+
+class Names(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_torchs_functions_sees_the_norm_and_its_activation():
+    layer, x = truenorm.BatchNorm2d(16, act="relu").eval(), torch.randn(8, 16, 20, 20)
+    with Names() as names:
+        layer(x)
+    assert "batch_norm" in names.seen
+    assert "relu_" in names.seen
+    with torch.device("cpu"):
+        assert fused.serves()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -156,12 +158,19 @@ def _slope(act: str, output: Tensor) -> Tensor:
     return inside.to(output.dtype)
 
 
+def _watched() -> bool:
+    """Whether a mode watches torch's functions; that of a default device does not."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return not all(isinstance(mode, DeviceContext) for mode in modes)
+
+
 def serves() -> bool:
     """Whether a node of Python's can stand here, and values be read.
 
-    Not under forward-mode gradients, a transform of torch.func or tracing of jit's.
+    Not under forward-mode gradients, a transform of torch.func or tracing of jit's, nor where
+    somebody watches torch's functions, of which these are none.
     """
-    return (
+    return not (torch._C._len_torch_function_stack() and _watched()) and (
         forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None

@@ -25,7 +25,9 @@ from truenorm.kernels.fused import OPERATIONS
 from truenorm.layers import rewriting, trial
 from truenorm.layers.batch_norm import BatchNorm
 
-_GRID = torch.cat((torch.linspace(-30, 30, 1201), torch.tensor([-1e3, 1e3]))).double()
+_GRID = torch.tensor(
+    [-1e3, *(i / 20 for i in range(-600, 601)), 1e3], dtype=torch.float64, device="cpu"
+)
 _NAMES = {name + end for name in OPERATIONS for end in ("", "_")} | {"hardtanh", "hardtanh_"}
 
 
