@@ -154,25 +154,15 @@ def become(module: nn.Module, fusions: Fusions) -> None:
     _compile(module)
 
 
-def give_back(module: nn.Module) -> None:
-    """To the class it had before :func:`become`."""
-    kind = type(module)
-    assert issubclass(kind, Rewritten)
-    for name in ("_fusions", "_run"):
-        vars(module).pop(name, None)
-    module.__class__ = kind.original
-
-
 def _compile(module: Any) -> None:
     """Make what runs, from the original forward and the fusions that are known of it."""
-    rewritten, fusions = type(module), vars(module).pop("_fusions")
+    rewritten = type(module)
     module.__class__ = rewritten.original
     try:
         graph = own_graph(module)
     finally:
         module.__class__ = rewritten
-        vars(module)["_fusions"] = fusions
-    rewrite(graph, fusions)
+    rewrite(graph, vars(module)["_fusions"])
     written = torch.fx.GraphModule(module, graph, rewritten.__name__)
     vars(module)["_run"] = type(written).forward
 

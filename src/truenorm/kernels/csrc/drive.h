@@ -187,7 +187,7 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
-    double by[BLOCK + 24], s[BLOCK + 24], q[BLOCK + 24];
+    double by[BLOCK], s[BLOCK], q[BLOCK];
     float by32[BLOCK];
     expand(shift, c0, c1, by);
     for (int64_t i = 0; i < n; ++i) {
@@ -264,7 +264,7 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S;
-    A m[BLOCK + 48], k[BLOCK + 48], o[BLOCK + 48];
+    A m[BLOCK], k[BLOCK], o[BLOCK];
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
     int64_t step = together(n, r1 - r0);
     expand(affine.mean, c0, c1, m, step);
@@ -299,8 +299,8 @@ struct Drive {
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
     int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    A m[BLOCK + 48], k[BLOCK + 48], o[BLOCK + 48];
-    double s[BLOCK + 24], q[BLOCK + 24], t[BLOCK + 24];
+    A m[BLOCK], k[BLOCK], o[BLOCK];
+    double s[BLOCK], q[BLOCK], t[BLOCK];
     for (int64_t i = 0; i < n; ++i) s[i] = q[i] = t[i] = 0;
     expand(affine.mean, c0, c1, m);
     expand(affine.scale, c0, c1, k);

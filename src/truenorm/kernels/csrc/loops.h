@@ -443,8 +443,9 @@ struct Waiting {
 };
 
 // CHAIN rows after CHAIN rows, along their columns, as memory is read fastest: f(row, column, rows,
-// vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1). Rows that registers can hold the sums of are taken together, of wider ones two; but one
-// after the other if they lie far: memory is read fastest in its own order.
+// vectors, stage) for all whole vectors of L of `n` columns in rows [r0, r1). Rows that registers
+// can hold the sums of are taken together, of wider ones two; but one after the other if they lie
+// far: memory is read fastest in its own order.
 template <int64_t L, class F>
 INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, bool far, F f) {
   auto along = [&](int64_t row, auto rows, auto stage) INLINE_LAMBDA {
@@ -479,7 +480,7 @@ INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int
   int64_t i = 0;
   if constexpr (!EXACT) {
     // What the rows give goes to `first` and `second`, which the nearest cache holds.
-    float waiting[2][BLOCK + 48];
+    float waiting[2][BLOCK];
     auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
                     auto stage) INLINE_LAMBDA {
       typedef Waiting<Stage(decltype(stage)::value), float> Sum;
@@ -552,7 +553,7 @@ INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* ou
   constexpr int64_t L = lanes<A>;
   const Parameter<A, true> m(mean), ks(scale), o(offset);
   const vec<A> high = spread(bound_of<A>(job.act));
-  A waiting[3][BLOCK + 48];
+  A waiting[3][BLOCK];
   auto step = [&](int64_t row, int64_t column, auto rows, auto vectors, auto stage) INLINE_LAMBDA {
     typedef Waiting<Stage(decltype(stage)::value), A> Sum;
     for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
