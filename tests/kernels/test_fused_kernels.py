@@ -251,18 +251,134 @@ def test_moments_are_those_of_what_the_mask_shows():
     assert not torch.cat(ops.moments(x, torch.zeros_like(mask))).any()
 
 
+RISEN = truenorm.Renorm(rmax=1.5, dmax=0.5, start=0, rmax_at=1, dmax_at=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("renorm", [None, truenorm.Renorm()], ids=["plain", "renorm"])
-def test_a_layers_options_are_the_same_numbers_without_the_kernels(masked, renorm):
+@pytest.mark.parametrize("sizes", [(8,), (3, 3, 2), (1, 1, 6)], ids=str)
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.1)], ids=str)
+def test_each_group_is_a_batch_of_its_own(limits, sizes, masked, layout):
+    x, grad = torch.randn(2, 8, 3, 5, 4) * 3 + 5
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    mask = torch.rand(8, 5, 4) > 0.3 if masked else None
+    affine = torch.randn(2, 3).unbind()
+
+    def run(x, grad, mask, groups=()):
+        leaves = [t.clone().requires_grad_() for t in (x, *affine)]
+        running = torch.full((3,), 4.0), torch.full((3,), 7.0)
+        y, moments, _ = fused.batch_norm_act(
+            leaves[0], tuple(leaves[1:]), running, 1e-5,
+            momentum=0.0, act="elu", mask=mask, groups=groups, limits=limits,
+        )  # fmt: skip
+        return y, moments, *torch.autograd.grad(y, leaves, grad)
+
+    joint = run(x, grad, mask, sizes)
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes)
+    parts = [run(*part) for part in zip(x.split(sizes), grad.split(sizes), masks, strict=True)]
+    y, moments, dx, *of_affine = zip(*parts, strict=True)
+    assert torch.equal(joint[0], torch.cat(y))
+    assert torch.equal(joint[1], torch.cat(moments, 1))
+    assert len(joint[1]) == (2 if limits == (1.0, 0.0) else 4)
+    assert torch.equal(joint[2], torch.cat(dx))
+    for got, found in zip(joint[3:], of_affine, strict=True):
+        assert torch.allclose(got, sum(found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_groups_that_are_small_are_the_same_on_any_number_of_threads(threads):
+    x = torch.randn(64, 16, 6, 6, requires_grad=True)
+    layer = truenorm.BatchNorm2d(16, ghost=4)
+
+    def run():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, layer.weight))
+
+    usual = torch.get_num_threads()
+    wanted = run()
+    torch.set_num_threads(threads)
+    try:
+        found = run()
+    finally:
+        torch.set_num_threads(usual)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.01, 0.01)], ids=str)
+def test_gradients_of_groups_and_their_gradients_are_those_of_differences(limits, masked):
+    x = torch.randn(5, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(5, 2, 3) > 0.2 if masked else None
+    running = torch.full((2,), 9.0), torch.full((2,), 0.01)  # so far that r and d are constant
+
+    def run(x, weight, bias):
+        return fused.batch_norm_act(
+            x, (weight, bias), running, 1e-5,
+            momentum=0.0, act="silu", mask=mask, groups=(2, 3), limits=limits,
+        )[0]  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_gradients_of_moments_and_their_gradients_are_those_of_differences(masked):
+    x = torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 2, 3) > 0.3 if masked else None
+    count = x.numel() // 2 if mask is None else int(mask.sum())
+    assert torch.autograd.gradcheck(lambda x: fused.moments(x, mask, count), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: fused.moments(x, mask, count), (x,))
+
+
+def test_gradients_of_gradients_are_right_where_the_affine_map_depends_on_the_input():
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        running = torch.zeros(2), torch.ones(2)
+        affine = x.mean((0, 2, 3)) + 1, x.square().mean((0, 2, 3))
+        return fused.batch_norm_act(x, affine, running, 1e-5, momentum=0.1, act="silu")[0]
+
+    assert torch.autograd.gradcheck(run, (x,))
+    assert torch.autograd.gradgradcheck(run, (x,))
+
+
+def test_groups_must_make_up_the_batch():
+    x, c = torch.randn(6, 2), torch.ones(2)
+    for sizes in ((2, 3), (4, 4), (-1, 7)):
+        with pytest.raises(RuntimeError, match="groups"):
+            fused.batch_norm_act(x, (c, c), (c, c), 1e-5, momentum=0.1, groups=sizes)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"renorm": truenorm.Renorm()},
+        {"renorm": RISEN, "ghost": 3},
+        {"ghost": 3},
+        {"ghost": 3, "momentum": None},
+        {"ghost": 4, "momentum": 1.0},
+        {"commit": "step"},
+        {"commit": "step", "ghost": 3, "renorm": RISEN},
+        {"min_count": 400},
+        {"min_count": 400, "renorm": RISEN, "momentum": None},
+    ],
+    ids=str,
+)
+def test_a_layers_options_are_the_same_numbers_without_the_kernels(masked, options):
     x, mask = torch.randn(8, 3, 6, 6) * 3 + 5, torch.rand(8, 6, 6) > 0.3
+    residual = torch.randn(8, 3, 6, 6)
     found = []
     for choice in ("auto", "torch"):
-        layer = truenorm.BatchNorm2d(3, renorm=renorm, act="elu")
+        layer = truenorm.BatchNorm2d(3, act="elu", **options)
         leaf = x.clone().requires_grad_()
         with ops.use(choice):
             for _ in range(3):
-                y = layer(leaf, mask if masked else None)
+                y = layer(leaf, mask if masked else None, residual)
             y.square().sum().backward()
+            layer.commit()
         found.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)

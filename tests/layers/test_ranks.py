@@ -270,4 +270,5 @@ def test_data_parallel_training_is_training_in_one_process(norm, given):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(found[name], value, **TIGHT)
-            assert not torch.equal(found[name], start[name])
+            if name != "4.bias":  # in front of a norm it has no gradient but rounding
+                assert not torch.equal(found[name], start[name])

@@ -17,7 +17,7 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -78,26 +78,51 @@ def batch_norm(
     return out, told.numel() == 0
 
 
-def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,) of float64, outside of the graph; needs live kernels.
+def moments(
+    x: Tensor, mask: Tensor | None = None, groups: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (G, C) of float64, outside of the graph; needs live kernels.
 
     Args:
         x: (N, C, *S) on a CPU, of any layout and floating dtype.
         mask: bool (N, *S), True for the values that count; of none both are 0.
+        groups: examples of each of the G groups, in order; none for one of all.
     """
-    mean, var = torch.ops.truenorm.moments(x.detach(), mask)
+    mean, var = torch.ops.truenorm.moments(x.detach(), mask, groups)
     return mean, var
+
+
+def track(
+    running: tuple[Tensor, Tensor], moments: tuple[Tensor, Tensor, Tensor], momentum: float
+) -> bool:
+    """Move ``running`` by the groups of a batch, unless it was not finite; needs live kernels.
+
+    Args:
+        running: mean and variance, (C,) on a CPU.
+        moments: mean and biased variance, (G, C), and values, (G, 1), float64 and contiguous. The
+            groups come one after another; at a momentum of 1 they are weighed by their sizes.
+        momentum: weight of the new value.
+
+    Returns:
+        Whether the batch was finite.
+    """
+    told: Tensor = torch.ops.truenorm.track(running[0].data, running[1].data, *moments, momentum)
+    return told.numel() == 0
 
 
 def with_moments(
     x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`batch_norm`: the output, and the batch's mean and biased variance, (C,)."""
+) -> tuple[Tensor, Tensor]:
+    """As :func:`batch_norm`: the output, and the batch's mean and biased variance, (2, 1, C).
+
+    These are float64, and NaN if the batch was not finite.
+    """
     count = x.numel() // x.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, var = torch.full((2, x.shape[1]), torch.nan, dtype=dtype, device="cpu")
+    table = torch.full((2, 1, x.shape[1]), torch.nan, dtype=torch.float64, device="cpu")
+    mean, var = table.view(2, -1).unbind()
     out, _ = batch_norm(x, affine, (mean, var), 1.0, eps)
-    return out, mean, var * ((count - 1) / count)
+    var.mul_((count - 1) / count)
+    return out, table
 
 
 @cache
@@ -183,9 +208,25 @@ def _take_over(library: ctypes.CDLL, *, torch_too: bool) -> None:
         raise RuntimeError("torch refused the kernels")
 
 
-def _shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(  # noqa: PLR0917  as the operator
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: int,
+    mask: Tensor | None = None,
+    groups: Sequence[int] = (),
+    rmax: float = 1.0,
+    dmax: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     told = torch.library.get_ctx().new_dynamic_size()
-    moments = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    rows = 4 if training and (rmax > 1 or dmax > 0) else 2
+    moments = x.new_empty((rows, len(groups) or 1, x.shape[1]), dtype=torch.float64)
     return torch.empty_like(x), moments, x.new_empty((told,), dtype=torch.uint8)
 
 
@@ -200,16 +241,26 @@ def _shapes_of_gradients(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, .
     )
 
 
-def _shapes_of_moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+def _shapes_of_moments(x: Tensor, mask: Tensor | None = None, groups: Sequence[int] = ()) -> Tensor:
+    return x.new_empty((2, len(groups) or 1, x.shape[1]), dtype=torch.float64)
+
+
+def _nothing(running_mean: Tensor, *_: Any) -> Tensor:
+    told = torch.library.get_ctx().new_dynamic_size()
+    return running_mean.new_empty((told,), dtype=torch.uint8)
 
 
 @cache
 def _describe() -> None:
     """Tell torch the shapes that the operators of their own return, for tensors without data."""
-    torch.library.register_fake("truenorm::batch_norm_act", _shapes)
-    torch.library.register_fake("truenorm::batch_norm_act_backward", _shapes_of_gradients)
-    torch.library.register_fake("truenorm::moments", _shapes_of_moments)
+    operators: dict[str, Callable[..., Any]] = {
+        "track": _nothing,
+        "batch_norm_act": _shapes,
+        "batch_norm_act_backward": _shapes_of_gradients,
+        "moments": _shapes_of_moments,
+    }
+    for name, shapes in operators.items():
+        torch.library.register_fake(f"truenorm::{name}", shapes)
 
 
 class _Users:

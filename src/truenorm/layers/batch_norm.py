@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ class BatchNorm(RunningStatistics):
         if self._kernels_serve(input, residual):
             places = None if mask is None else _places(mask, input)
             if mask is None or places is not None:
-                out = self._in_one_sweep(input, residual, places)
+                out = self._by_kernels(input, residual, places)
                 if out is not None:
                     return out
         if mask is not None:
@@ -267,9 +268,8 @@ class BatchNorm(RunningStatistics):
         residual: Tensor | None,
         running: tuple[Tensor, Tensor],
         batches: Tensor,
-        mask: Tensor | None = None,
     ) -> Tensor:
-        """The commonest case, or that with a mask (N, *S) which the kernels take."""
+        """The commonest case: all options but ``act`` and ``min_count`` are unset."""
         own = self.__dict__
         momentum, parameters = own["momentum"], own["_parameters"]
         counts = graph_task() == NO_GRAPH_TASK
@@ -285,7 +285,7 @@ class BatchNorm(RunningStatistics):
         if not ops.live():
             out = self._by_torch(x, affine, running, momentum)
             return out if act is None else ACTIVATIONS[act](out)
-        apart = residual is mask is None and (act is None or x.numel() <= fused.SMALL)
+        apart = residual is None and (act is None or x.numel() <= fused.SMALL)
         if apart or not fused.serves():
             out, finite = ops.batch_norm(x, affine, running, momentum, eps)
             if residual is not None:
@@ -293,15 +293,8 @@ class BatchNorm(RunningStatistics):
             if act is not None:
                 out = ACTIVATIONS[act](out)
         else:
-            out, finite = fused.batch_norm_act(
-                x,
-                affine,
-                running,
-                eps,
-                momentum=momentum,
-                act=act or "none",
-                residual=residual,
-                mask=mask,
+            out, _, finite = fused.batch_norm_act(
+                x, affine, running, eps, momentum=momentum, act=act or "none", residual=residual
             )
         if not finite and counts:
             batches.sub_(_ONE)
@@ -321,24 +314,89 @@ class BatchNorm(RunningStatistics):
             and fused.serves()
         )
 
-    def _in_one_sweep(
-        self, x: Tensor, residual: Tensor | None, mask: Tensor | None
-    ) -> Tensor | None:
+    def _by_kernels(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """By one sweep over what ``mask`` (N, *S) shows; None where that is not all there is."""
-        mean, var, batches = self._statistics()
-        act = self._options.act or "none"
-        if self._options.frozen or not self.training:
-            affine = self.weight, self.bias
-            out, _ = fused.batch_norm_act(
-                x, affine, (mean, var), self._eps, momentum=None, act=act, residual=residual,
+        options, (mean, var, _) = self._options, self._statistics()
+        if options.frozen or not self.training:
+            out, _, _ = fused.batch_norm_act(
+                x,
+                (self.weight, self.bias),
+                (mean, var),
+                self._eps,
+                momentum=None,
+                act=options.act or "none",
+                residual=residual,
                 mask=mask,
-            )  # fmt: skip
+            )
             return out
-        if mask is None or not (self._direct and {"weight", "bias"} <= self._parameters.keys()):
+        positions = x.shape[2:].numel()
+        sizes = options.ghost_sizes(x.shape[0], positions) or [x.shape[0]]
+        if mask is None:
+            counts = [examples * positions for examples in sizes]
+        else:
+            parts = torch.split(mask, sizes) if len(sizes) > 1 else [mask]
+            counts = [int(part.sum()) for part in parts]
+        pools = options.sync is not None and options.sync.active
+        if not pools and min(counts) >= self._least:
+            return self._in_groups(x, residual, mask, sizes, counts)
+        if options.ghost is not None:
             return None
-        if self.num_batches_tracked is None or int(mask.sum()) < self._least:
-            return None
-        return self._in_training(x, residual, (mean, var), batches, mask)
+        return self._by_given(x, residual, mask, counts[0])
+
+    def _in_groups(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        sizes: list[int],
+        counts: list[int],
+    ) -> Tensor:
+        """In training on one rank, with any options: ``sizes`` examples, ``counts`` values each."""
+        options, running, limits = self._options, self._statistics(), (1.0, 0.0)
+        mean, var, batches = running
+        first = graph_task() == NO_GRAPH_TASK
+        if options.renorm is not None:
+            if first:  # a copy: it moves
+                running = mean.clone(), var.clone(), batches.clone()
+            else:
+                found = ops.moments(x, mask, sizes)
+                running = self._statistics_for(_in_table(found, counts))
+            limits = options.renorm.limits_at(int(running[2]))
+        # What moves the statistics in the same go; the cumulative average takes groups by size.
+        tracks = self._tracks()
+        by_size = self.momentum is None and len(sizes) > 1
+        alone = tracks and options.commit == "forward" and not by_size
+        momentum = 1 / (int(batches) + 1) if self.momentum is None else self.momentum
+        affine, act, eps = (self.weight, self.bias), options.act or "none", self._eps
+        whole = residual is mask is None and len(sizes) == 1 and limits == (1.0, 0.0)
+        pending = options.commit == "step"  # also where a backward pass repeats it
+        if whole and pending and act == "none" and x.numel() <= fused.SMALL:
+            out, moments = ops.with_moments(x, affine, eps)
+        else:
+            out, moments, finite = fused.batch_norm_act(
+                x,
+                affine,
+                (mean, var) if first else running[:2],
+                eps,
+                momentum=momentum if alone else 0.0,
+                act=act,
+                residual=residual,
+                mask=mask,
+                groups=sizes if len(sizes) > 1 else (),
+                limits=limits,
+            )
+            if alone and finite:
+                batches.add_(_ONE)
+            elif alone:
+                self._tally(torch.tensor(False))
+        noted = options.renorm is not None and first
+        if noted or not alone:
+            batch = _in_table(moments, counts)
+            if noted:
+                self._note(batch, running)
+            if not alone:
+                self._follow(batch, out)
+        return out
 
     def _torch_serves(self, x: Tensor, mean: Tensor, residual: Tensor | None) -> bool:
         """Whether torch's kernel can do all in one go, for an input that is not far from 0."""
@@ -403,8 +461,6 @@ class BatchNorm(RunningStatistics):
     def _by_kernel(self, x: Tensor, sizes: list[int], *, again: bool = False) -> Tensor:
         """By torch's own kernel, for groups of ``sizes`` examples on one rank."""
         renorm = self._options.renorm if self.training else None
-        if renorm is not None and len(sizes) == 1 and self._kernels_serve(x, None):
-            return self._renormalized(x, renorm)
         positions = x.shape[2:].numel()
         dtype = functional.statistics_dtype(x)
         affine = self._affine_in(dtype)
@@ -425,45 +481,70 @@ class BatchNorm(RunningStatistics):
                 for out, correction in zip(outs, corrections, strict=True)
             ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        if self._tracks():
-            self._observe(batch, out)
-        elif self._pending:
-            self._recognize(batch)
-        return out
-
-    def _renormalized(self, x: Tensor, renorm: Renorm) -> Tensor:
-        """Batch renormalization: (x_hat * r + d) * weight + bias, r and d constant."""
-        mean, var = ops.moments(x)
-        count = mean.new_full((1, 1), x.numel() // self.num_features)
-        batch = Moments(mean[None], var[None], count)
-        running_mean, running_var, batches = self._statistics_for(batch)
-        r, d = renorm.correction(batch, (running_mean, running_var), self._eps, batches)
-        weight, bias = self._affine_in(functional.statistics_dtype(x))
-        scale, offset = (part[0].to(functional.statistics_dtype(x)) for part in (r, d))
-        if weight is not None:
-            scale, offset = scale * weight, offset * weight
-        if bias is not None:
-            offset = offset + bias
-        out, _ = fused.batch_norm_act(
-            x, (scale, offset), (torch.zeros_like(mean), var), self._eps, momentum=0.0
-        )
-        if self._tracks():
-            self._observe(batch, out)
-        elif self._pending:
-            self._recognize(batch)
+        self._follow(batch, out)
         return out
 
     def _by_moments(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Any combination of options, in differentiable operations of torch."""
-        values = functional.wide(x)
-        ranks = self._options.sync if self.training else None
-        if ranks is not None and not ranks.active:
-            ranks = None
+        values, ranks = functional.wide(x), self._ranks()
         groups, total = _groups(self._options, x, ranks) if self.training else (None, 1)
         batch = functional.moments(
             values, mask, groups, total=total, reduce=None if ranks is None else ranks.sum
         )
-        if self._options.min_count is None and _has_one_value(batch.count):
+        stats, correction = self._center(batch, x)
+        if groups is not None:
+            stats = stats[0][groups], stats[1][groups]
+            correction = correction and (correction[0][groups], correction[1][groups])
+        affine = self._affine_in(stats[0].dtype)
+        out = functional.normalize(values, stats, affine, self._eps, correction=correction)
+        out = out.to(x.dtype)
+        self._follow(batch.detach(), out)
+        return out
+
+    def _by_given(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, count: int
+    ) -> Tensor:
+        """On the kernels by moments of all ranks, or of too few values: a sweep for each part."""
+        ranks = self._ranks()
+        mean, var = fused.moments(x, mask, count)
+        each = Moments(mean, var, mean.new_full((1, 1), count))
+        batch = functional.merged(each, reduce=None if ranks is None else ranks.sum)
+        stats, correction = self._center(batch, x)
+        shift, scale, offset = functional.affine_map(
+            stats,
+            self._affine_in(stats[0].dtype),
+            self._eps,
+            functional.statistics_dtype(x),
+            correction=correction,
+        )
+        out, _, _ = fused.batch_norm_act(
+            x,
+            (scale[0], offset[0]),
+            (shift[0], torch.ones_like(shift[0])),
+            0.0,
+            momentum=None,
+            act=self._options.act or "none",
+            residual=residual,
+            mask=mask,
+        )
+        self._follow(batch.detach(), out)
+        return out
+
+    def _ranks(self) -> Ranks | None:
+        """Those to pool this forward's statistics with; None for nobody."""
+        ranks: Ranks | None = self._options.sync if self.training else None
+        return ranks if ranks is not None and ranks.active else None
+
+    def _center(
+        self, batch: Moments, x: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Mean and variance by which to normalize a batch, and renorm's r and d, (G, C) each.
+
+        Raises:
+            InputError: one value a channel, and no ``min_count``.
+        """
+        options = self._options
+        if options.min_count is None and _has_one_value(batch.count):
             raise InputError(one_value(x))
         mean = batch.mean
         var = torch.where(batch.count > 0, batch.var, 1)
@@ -471,26 +552,23 @@ class BatchNorm(RunningStatistics):
         if self.training and self.running_mean is not None:
             running_mean, running_var, batches = self._statistics_for(batch)
             running = widest(running_mean), widest(running_var)
-            if self._options.renorm is not None:
-                correction = self._options.renorm.correction(batch, running, self._eps, batches)
-            if self._options.min_count is not None:
-                enough = batch.count >= self._options.min_count
+            if options.renorm is not None:
+                correction = options.renorm.correction(batch, running, self._eps, batches)
+            if options.min_count is not None:
+                enough = batch.count >= options.min_count
                 mean = torch.where(enough, mean, running[0])
                 var = torch.where(enough, var, running[1])
                 if correction is not None:
                     r, d = correction
                     correction = torch.where(enough, r, 1), torch.where(enough, d, 0)
-        if groups is not None:
-            mean, var = mean[groups], var[groups]
-            correction = correction and (correction[0][groups], correction[1][groups])
-        affine = self._affine_in(mean.dtype)
-        out = functional.normalize(values, (mean, var), affine, self._eps, correction=correction)
-        out = out.to(x.dtype)
+        return (mean, var), correction
+
+    def _follow(self, batch: Moments, out: Tensor) -> None:
+        """Let the running statistics follow ``batch``, which gave ``out``, where they may."""
         if self._tracks():
-            self._observe(batch.detach(), out)
+            self._observe(batch, out)
         elif self._pending:
             self._recognize(batch)
-        return out
 
     # -- statistics --------------------------------------------------------------------------
 
@@ -628,6 +706,14 @@ def _groups(options: Options, x: Tensor, ranks: Ranks | None) -> tuple[Tensor | 
     return ids.clamp(max=len(sizes) - 1), len(sizes)  # a last one alone joins those before
 
 
+def _in_table(moments: Sequence[Tensor] | Tensor, counts: list[int]) -> Moments:
+    """The kernels' mean and variance, (G, C), of groups of ``counts`` values."""
+    mean, var = moments[0], moments[1]
+    if len(counts) == 1:
+        return Moments(mean, var, mean.new_full((1, 1), counts[0]))
+    return Moments(mean, var, mean.new_tensor(counts).unsqueeze(1))
+
+
 def _plus(out: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
     """``out`` + ``residual`` where it is valid, with the dtype of ``out``.
 
@@ -648,7 +734,9 @@ def _places(mask: Tensor, x: Tensor) -> Tensor | None:
     """``mask`` (as functional.valid gives it) as (N, *S) for all channels; None if they differ."""
     if mask.shape[1] != 1 or type(mask) is not Tensor or not mask.is_cpu:
         return None
-    return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous()
+    if mask.shape[0] != x.shape[0] or mask.shape[2:] != x.shape[2:]:
+        mask = mask.expand(x.shape[0], 1, *x.shape[2:])
+    return mask.squeeze(1).contiguous()
 
 
 def _like(residual: Any, x: Tensor) -> bool:

@@ -53,6 +53,8 @@ def wide(x: Tensor) -> Tensor:
 
 def widest(x: Tensor) -> Tensor:
     """``x`` in float64, where the device has it."""
+    if x.dtype is torch.float64:  # a call of torch's costs more
+        return x
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -141,9 +143,19 @@ def moments(
     Returns:
         Moments of (total, C); a group without values has mean and variance zero.
     """
-    each = _over_positions(x, mask)
+    return merged(_over_positions(x, mask), groups, total=total, reduce=reduce)
 
-    def over_examples(values: Tensor) -> Tensor:
+
+def merged(
+    each: Moments,
+    groups: Tensor | None = None,
+    *,
+    total: int = 1,
+    reduce: Reduce | None = None,
+) -> Moments:
+    """The rows of ``each`` in one row a group, and over ranks; see :func:`moments`."""
+
+    def over_rows(values: Tensor) -> Tensor:
         if groups is None:
             return values.sum(0, keepdim=True)
         return values.new_zeros(total, values.shape[1]).index_add(0, groups, values)
@@ -151,7 +163,7 @@ def moments(
     def spread(values: Tensor) -> Tensor:
         return values if groups is None else values[groups]
 
-    count, sums = over_examples(each.count), over_examples(each.mean * each.count)
+    count, sums = over_rows(each.count), over_rows(each.mean * each.count)
     if reduce is not None:
         # A column for each channel, on every rank: a mask on one may differ between channels.
         both = reduce(torch.cat([count.expand_as(sums), sums], 1))
@@ -159,7 +171,7 @@ def moments(
         count = count.detach()
     safe = count.clamp(min=1)
     mean = sums / safe
-    squares = over_examples((each.var + (each.mean - spread(mean)).square()) * each.count)
+    squares = over_rows((each.var + (each.mean - spread(mean)).square()) * each.count)
     if reduce is not None:
         squares = reduce(squares)
     return Moments(mean, squares / safe, count)
@@ -231,11 +243,31 @@ def normalize(
         correction: (r, d) of batch renormalization, shaped as ``stats``: (...) * r + d before
             the affine map.
     """
+    shift, scale, offset = affine_map(stats, affine, eps, x.dtype, correction=correction)
+    centred = x - along_channels(shift, x)
+    if len(shift) == 1:
+        return scaled(centred, scale[0], offset[0])
+    scale, offset = scale.to(x.dtype), offset.to(x.dtype)
+    return centred * along_channels(scale, x) + along_channels(offset, x)
+
+
+def affine_map(
+    stats: tuple[Tensor, Tensor],
+    affine: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    correction: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`normalize` does, as (x - shift) * scale + offset, each shaped as ``stats``.
+
+    The shift, of ``dtype``, is a constant.
+    """
     mean, var = stats
     scale = torch.rsqrt(var + eps)
     # The mean is wider than x: what x can hold of it is subtracted, which is exact where it
     # matters, and the rest enters with the offset, as does the gradient of all of it.
-    shift = mean.detach().to(x.dtype)
+    shift = mean.detach().to(dtype)
     offset = shift - mean
     if correction is not None:
         scale = scale * correction[0]
@@ -247,11 +279,7 @@ def normalize(
         scale, offset = scale * weight, offset * weight
     if bias is not None:
         offset = offset + bias
-    centred = x - along_channels(shift, x)
-    if mean.shape[0] == 1:
-        return scaled(centred, scale[0], offset[0])
-    scale, offset = scale.to(x.dtype), offset.to(x.dtype)
-    return centred * along_channels(scale, x) + along_channels(offset, x)
+    return shift, scale, offset
 
 
 def scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def batch_norm(
         by = _by_operations if (single if captured() else wrapped(x)) else _by_kernel
         return by(x, affine, eps)
     if x.is_cpu and ops.live():
-        return ops.with_moments(x, affine, eps)
+        out, table = ops.with_moments(x, affine, eps)
+        return out, *table.view(2, -1)
     if not single:
         return _by_kernel(x, affine, eps)
     by = _by_kernel

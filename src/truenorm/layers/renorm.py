@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,21 @@ class Renorm:
 
     def limits(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """The limits of r and d once ``batches`` have been tracked."""
+        tracked = widest(batches)
+        r, d = (self._risen(tracked, until).clamp(0, 1) for until in (self.rmax_at, self.dmax_at))
+        return 1 + (self.rmax - 1) * r, self.dmax * d
 
-        def risen(until: int) -> Tensor:
-            return ((widest(batches) - self.start) / max(1, until - self.start)).clamp(0, 1)
+    def limits_at(self, batches: int) -> tuple[float, float]:
+        """The same of a number that is known."""
+        r, d = (
+            min(max(self._risen(batches, until), 0.0), 1.0)
+            for until in (self.rmax_at, self.dmax_at)
+        )
+        return 1 + (self.rmax - 1) * r, self.dmax * d
 
-        return 1 + (self.rmax - 1) * risen(self.rmax_at), self.dmax * risen(self.dmax_at)
+    def _risen(self, batches: Any, until: int) -> Any:
+        """How far a limit has risen, below 0 before the start and above 1 after its end."""
+        return (batches - self.start) / max(1, until - self.start)
 
     def correction(
         self, batch: Moments, running: tuple[Tensor, Tensor], eps: float, batches: Tensor

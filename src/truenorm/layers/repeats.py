@@ -53,9 +53,8 @@ class Past:
         return len(self._seen)
 
     def note(self, moments: Moments, running: Running) -> None:
-        """Remember a forward, and forget the oldest if there are too many."""
-        mean, var, batches = (part.clone() for part in running)
-        self._seen.append(_Seen(_all(moments), (mean, var, batches)))
+        """Remember a forward; ``running`` is a copy. Forget the oldest if there are too many."""
+        self._seen.append(_Seen(_all(moments), running))
 
     def repeated(self, moments: Moments) -> Running | None:
         """What the forward with these moments went by; None if it is not remembered."""

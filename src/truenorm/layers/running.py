@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from truenorm.errors import InputError
+from truenorm.kernels import ops
 from truenorm.layers import functional
 from truenorm.layers.capture import (
     NO_GRAPH_TASK,
@@ -227,12 +228,17 @@ class RunningStatistics(Unscriptable, _BatchNorm):
             return mean, var, batches
         if not readable(batch.mean, any_device=True):
             return now
+        if graph_task() == NO_GRAPH_TASK:
+            mean, var, batches = (part.clone() for part in now)
+            self._note(batch, (mean, var, batches))
+            return now
+        return (self._past and self._past.repeated(batch)) or now
+
+    def _note(self, batch: Moments, running: Running) -> None:
+        """Remember that a forward whose moments are ``batch`` went by ``running``, a copy."""
         if self._past is None:
             self._past = Past()
-        if graph_task() == NO_GRAPH_TASK:
-            self._past.note(batch, now)
-            return now
-        return self._past.repeated(batch) or now
+        self._past.note(batch, running)
 
     def _refuse_uncounted(self) -> None:
         """Raise InputError if this forward needs ``num_batches_tracked``, which is None."""
@@ -288,7 +294,8 @@ class RunningStatistics(Unscriptable, _BatchNorm):
             version=self._version_of_parameters(),
         )
         if forward.learning:
-            self._usual, self._reset = self.momentum, False
+            own = self.__dict__  # past nn.Module's attributes
+            own["_usual"], own["_reset"] = own["momentum"], False
         self._tell_of_no_commit(forward)
         self._pending.append(forward)
         if forward.recorded:
@@ -347,6 +354,9 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         is a group of the one batch.
         """
         pending = self._take()
+        if len(pending) == 1:
+            self._write(pending[0].moments)
+            return
         finite = [f.moments for f in pending if self._finite(f.moments)]
         for _ in range(len(pending) - len(finite)):
             self._tally(torch.tensor(False))
@@ -361,8 +371,9 @@ class RunningStatistics(Unscriptable, _BatchNorm):
 
     def _take(self) -> list[Forward]:
         """The forwards that make up the step, and nothing is pending any more."""
-        pending, self._pending = self._pending, []
-        self._reset = False
+        own = self.__dict__  # past nn.Module's attributes, which cost as much as all these lines
+        pending: list[Forward] = own["_pending"]
+        own["_pending"], own["_reset"] = [], False
         reached = [forward for forward in pending if forward.reached_by_gradient]
         return reached or pending
 
@@ -392,11 +403,8 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         neither matters and the batch is one group, the same in fewer calls.
         """
         running_mean, running_var, batches = self._statistics()
-        if parts.count.numel() == 1 and readable(parts.count):
-            count = parts.count.item()
-            if count >= max(2, self._options.min_count or 2):
-                self._write_one(parts.mean[0], parts.var[0] * (count / (count - 1)))
-                return
+        if readable(parts.count) and parts.count.shape[1] == 1 and self._write_whole(parts):
+            return
         parts = Moments(*(widest(part) for part in parts))
         mean, var = widest(running_mean), widest(running_var)
         finite = self._finite(parts)
@@ -421,19 +429,32 @@ class RunningStatistics(Unscriptable, _BatchNorm):
         batches.add_(moved.to(torch.int64))
         self._tally(finite)
 
-    def _write_one(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics toward the mean and the unbiased variance of a batch."""
+    def _write_whole(self, parts: Moments) -> bool:
+        """The same if no group has too few values and one call can do it; else False."""
+        least = max(2, self._options.min_count or 2)
+        several = len(parts.count) > 1
+        fewest = parts.count.min().item() if several else parts.count.item()
+        if fewest < least or (several and (self.momentum is None or not ops.live())):
+            return False
         running_mean, running_var, batches = self._statistics()
-        mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
-        if not math.isfinite((mean.sum() + var.sum()).item()) and not (
-            bool(torch.isfinite(mean).all()) and bool(torch.isfinite(var).all())
-        ):
+        momentum = 1 / (int(batches) + 1) if self.momentum is None else self.momentum
+        if ops.live():
+            table = (widest(parts.mean), widest(parts.var), widest(parts.count))
+            finite = ops.track((running_mean, running_var), table, momentum)
+        else:
+            mean = parts.mean[0].to(running_mean.dtype)
+            var = (parts.var[0] * (fewest / (fewest - 1))).to(running_var.dtype)
+            finite = math.isfinite((mean.sum() + var.sum()).item()) or (
+                bool(torch.isfinite(mean).all()) and bool(torch.isfinite(var).all())
+            )
+            if finite:
+                writable(running_mean).lerp_(mean, momentum)
+                writable(running_var).lerp_(var, momentum)
+        if finite:
+            batches.add_(1)
+        else:
             self._tally(torch.tensor(False))
-            return
-        batches.add_(1)
-        momentum = 1 / int(batches) if self.momentum is None else self.momentum
-        writable(running_mean).lerp_(mean, momentum)
-        writable(running_var).lerp_(var, momentum)
+        return True
 
     def _undo_if_poisoned(self, before: Tensor) -> None:
         """Restore the statistics if the last batch made one of them infinite or NaN.

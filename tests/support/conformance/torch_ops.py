@@ -284,7 +284,9 @@ def operators() -> Iterator[Case]:
 def _samples_of_operators() -> dict[str, dict[str, tuple[Any, ...]]]:
     x, residual, grad = torch.randn(3, 4, 3, 5, 6)
     weight, bias, mean = torch.randn(3, 3)
-    var, moments = torch.rand(3), torch.rand(2, 3, dtype=torch.float64)
+    var, moments = torch.rand(3), torch.rand(2, 1, 3, dtype=torch.float64)
+    grouped = torch.rand(4, 2, 3, dtype=torch.float64)
+    counts = torch.tensor([[7.0], [9.0]], dtype=torch.float64)
     last = x.contiguous(memory_format=torch.channels_last)
     mask = torch.rand(4, 5, 6) > 0.3
     return {
@@ -294,14 +296,47 @@ def _samples_of_operators() -> dict[str, dict[str, tuple[Any, ...]]]:
             "evaluation": (x, None, weight, bias, mean, var, False, 0.0, 1e-5, 5),
             "channels last": (last, None, weight, bias, mean, var, True, 0.1, 1e-5, 5),
             "mask": (x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 5, mask),
+            "groups": (last, None, weight, bias, mean, var, True, 0.1, 1e-5, 5, None, [3, 1]),
+            "renorm": (
+                x,
+                None,
+                weight,
+                None,
+                mean,
+                var,
+                True,
+                0.1,
+                1e-5,
+                0,
+                mask,
+                [3, 1],
+                2.0,
+                1.0,
+            ),
         },
         "truenorm::batch_norm_act_backward": {
             "all": (grad, x, residual, None, weight, bias, moments, True, 1e-5, 5, [True] * 4),
             "output": (grad, x, None, x, weight, bias, moments, True, 1e-5, 1, [True] * 4),
             "none": (grad, x, None, None, None, None, moments, True, 1e-5, 1, [False] * 4),
             "mask": (grad, x, None, None, weight, bias, moments, True, 1e-5, 1, [True] * 4, mask),
+            "groups": (
+                grad,
+                x,
+                None,
+                None,
+                weight,
+                bias,
+                grouped,
+                True,
+                1e-5,
+                1,
+                [True] * 4,
+                mask,
+                [3, 1],
+            ),
         },
-        "truenorm::moments": {"plain": (x,), "mask": (last, mask)},
+        "truenorm::moments": {"plain": (x,), "mask": (last, mask), "groups": (x, mask, [3, 1])},
+        "truenorm::track": {"groups": (mean, var, grouped[0], grouped[1], counts, 0.1)},
     }
 
 

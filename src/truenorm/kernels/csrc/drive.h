@@ -127,14 +127,23 @@ struct Drive {
     return off == 0 && var == 0;
   }
 
+  // r and d of channel c: those that make of its values what the running statistics would.
+  INLINE void renormalize(int64_t c) {
+    double std = __builtin_sqrt(job.running_var[c] + job.eps);
+    double r = __builtin_sqrt(job.var[c] + job.eps) / std, d = (job.mean[c] - job.running_mean[c]) / std;
+    job.r[c] = r > job.rmax ? job.rmax : r < 1 / job.rmax ? 1 / job.rmax : r;
+    job.d[c] = d > job.dmax ? job.dmax : d < -job.dmax ? -job.dmax : d;
+  }
+
   INLINE void prepare(int64_t c) {
     double k = 1 / __builtin_sqrt(job.var[c] + job.eps), o = 0;
     A m = A(job.mean[c]);
     double off = double(m) - job.mean[c];
     off = off - off == 0 ? off * k : 0;
-    if (job.stretch) {
-      k *= job.stretch[c];
-      off = off * job.stretch[c] + job.slide[c];
+    if (job.running_mean) renormalize(c);
+    if (job.r) {
+      k *= job.r[c];
+      off = off * job.r[c] + job.d[c];
     }
     double w = job.weight ? job.weight[c] : 1;
     o = off * w + (job.bias ? job.bias[c] : 0);
@@ -146,7 +155,7 @@ struct Drive {
   // dx of channel c: a * dy + b * (x - mean) + c.
   INLINE void prepare_gradient(int64_t c) {
     double inverse = 1 / __builtin_sqrt(job.var[c] + job.eps);
-    double k = inverse * (job.weight ? job.weight[c] : 1) * (job.stretch ? job.stretch[c] : 1);
+    double k = inverse * (job.weight ? job.weight[c] : 1) * (job.r ? job.r[c] : 1);
     affine.a[c] = A(k);
     if (!job.train) {
       affine.b[c] = affine.c[c] = 0;
@@ -164,7 +173,7 @@ struct Drive {
     double s = first[c], q = second[c], t = third[c];
     // Taken about affine.mean, which is job.mean rounded, or the mean given, which may be too.
     double at = affine.mean[c];
-    if (job.train && !job.pooled) {
+    if (job.train) {
       double slip = t / double(job.count);
       if (slip - slip == 0) job.mean[c] = at + slip;
     }

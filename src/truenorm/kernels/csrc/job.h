@@ -27,6 +27,7 @@ struct Job {
   Layout layout;
   Dtype dtype;
   int64_t N, C, S;
+  int64_t rows = 1;  // of N that are one example: its positions, where they are rows of their own
   double eps;
   Act act = Act::none;
 
@@ -41,18 +42,23 @@ struct Job {
   double* var = nullptr;            // biased
   const double* weight = nullptr;   // null for 1
   const double* bias = nullptr;     // null for 0
-  const double* stretch = nullptr;  // r and d of batch renormalization: (x_hat * r + d)
-  const double* slide = nullptr;
   void* y = nullptr;
+
+  // Batch renormalization, (x_hat * r + d), null without: r and d, (C,) each, which a forward finds
+  // by the running statistics and the limits, and a backward is given.
+  double* r = nullptr;
+  double* d = nullptr;
+  const double* running_mean = nullptr;
+  const double* running_var = nullptr;
+  double rmax = 1, dmax = 0;
 
   // Backward: the sums over a channel of dy and of dy * (x - mean), where dy is the gradient in
   // front of the activation; then dx = a * dy + b * (x - mean) + c. A mean that was rounded is
-  // found anew by the way, unless the sums are pooled.
+  // found anew by the way.
   const void* dy = nullptr;
   const void* out = nullptr;  // y of the forward, if the activation's gradient follows from it
   double* sum = nullptr;
   double* product = nullptr;
-  bool pooled = false;  // whether the sums, and the count, are those of all ranks
   void* dx = nullptr;
   void* dresidual = nullptr;
 

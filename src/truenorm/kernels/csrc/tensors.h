@@ -96,6 +96,10 @@ inline Dtype dtype_of(const Tensor& x) {
   throw std::runtime_error("batch norm takes float32, float64, bfloat16 or float16");
 }
 
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
 // The two ways in which a tensor (N, C, *S) lies dense.
 enum class Order { contiguous, channels_last };
 
@@ -170,14 +174,14 @@ inline Job job_of(const Tensor& x, Order order, bool training) {
   for (int64_t i = 2; i < ndim; ++i) job.S *= sizes[i];
   job.layout = job.S <= WIDEST ? Layout::rows : Layout::planes;
   if (order == Order::channels_last) {
+    job.rows = job.S;
     job.N *= job.S;
     job.S = 1;
     job.layout = Layout::rows;
   }
   job.count = job.N * job.S;
   job.x = x.data();
-  int64_t bytes = job.dtype == Dtype::f64 ? 8 : job.dtype == Dtype::f32 ? 4 : 2;
-  job.stream = job.N * job.C * job.S * bytes >= (training ? STREAMED_IN_TRAINING : STREAMED);
+  job.stream = job.N * job.C * job.S * bytes_of(job.dtype) >= (training ? STREAMED_IN_TRAINING : STREAMED);
   return job;
 }
 
