@@ -120,8 +120,9 @@ struct Drive {
     double count = double(job.count), off = s / count, var = q / count - off * off;
     job.mean[c] = shift[c] + off;
     job.var[c] = var > 0 || var != var ? var : 0;
-    // What cancelled between q and off is lost.
-    if (off * off <= 16 * job.var[c] && var - var == 0) return true;
+    // What cancelled between q and off is lost; of float64 nothing may be.
+    double most = AT_ONCE ? 0x1p-40 : 16;
+    if (off * off <= most * job.var[c] && var - var == 0) return true;
     double to = job.mean[c];
     if (to - to == 0) shift[c] = to;
     return off == 0 && var == 0;
