@@ -323,6 +323,29 @@ INLINE void moments_chain(const T* x, VF by, int64_t ahead, Sums& sums) {
   widen_into(sums.second, q);
 }
 
+// sum += value, and what rounding lost of it to `lost` (Knuth's two-sum): float64 has nothing wider.
+template <class V>
+INLINE void add_exactly(V& sum, V& lost, V value) {
+  V now = sum + value, added = now - sum;
+  lost += (sum - (now - added)) + (value - added);
+  sum = now;
+}
+// A vector or one value, at a place.
+template <class V>
+INLINE V at(const double* p) {
+  V out;
+  __builtin_memcpy(&out, p, sizeof(V));
+  return out;
+}
+template <class V>
+INLINE void put_at(double* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+template <class V>
+INLINE V only_finite(V v) {
+  return v - v == 0 ? v : V{};
+}
+
 // Sums of x - shift and its square, of one run of a channel.
 template <class T, bool EXACT>
 INLINE void moments_run(const T* x, int64_t n, double shift, int64_t ahead, Sums& sums) {
@@ -335,18 +358,15 @@ INLINE void moments_run(const T* x, int64_t n, double shift, int64_t ahead, Sums
     sums = own;
   }
   VD by = spread(shift);
-  if (n >= 4 * LD) {
-    // In registers, four of each: an addition waits for the one before it.
-    VD s0 = sums.first[0], s1 = sums.first[1], s2{}, s3{};
-    VD q0 = sums.second[0], q1 = sums.second[1], q2{}, q3{};
-    for (; i + 4 * LD <= n; i += 4 * LD) {
-      VD d0 = load_double(x + i) - by, d1 = load_double(x + i + LD) - by;
-      VD d2 = load_double(x + i + 2 * LD) - by, d3 = load_double(x + i + 3 * LD) - by;
-      s0 += d0, s1 += d1, s2 += d2, s3 += d3;
-      q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+  if constexpr (sizeof(T) == 8) {
+    VD s{}, lost{}, q{}, lost_of_q{};
+    for (; i + LD <= n; i += LD) {
+      VD d = load_double(x + i) - by;
+      add_exactly(s, lost, d);
+      add_exactly(q, lost_of_q, d * d);
     }
-    sums.first[0] = s0 + s2, sums.first[1] = s1 + s3;
-    sums.second[0] = q0 + q2, sums.second[1] = q1 + q3;
+    sums.first[0] += s, sums.first[1] += only_finite(lost);
+    sums.second[0] += q, sums.second[1] += only_finite(lost_of_q);
   }
   for (; i + LD <= n; i += LD) {
     VD d = load_double(x + i) - by;
@@ -499,6 +519,22 @@ INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int
     };
     along_rows<LF>(r0, r1, n, far, step);
     i = n / LF * LF;
+  }
+  if constexpr (sizeof(T) == 8) {
+    auto column = [&](auto zero) INLINE_LAMBDA {
+      typedef decltype(zero) V;
+      V s{}, lost{}, q{}, lost_of_q{}, by = at<V>(shift + i);
+      for (int64_t r = r0; r < r1; ++r) {
+        V d = at<V>((const double*)x + r * stride + i) - by;
+        add_exactly(s, lost, d);
+        add_exactly(q, lost_of_q, d * d);
+      }
+      put_at(first + i, at<V>(first + i) + (s + only_finite(lost)));
+      put_at(second + i, at<V>(second + i) + (q + only_finite(lost_of_q)));
+    };
+    for (; i + LD <= n; i += LD) column(VD{});
+    for (; i < n; ++i) column(0.0);
+    return;
   }
   for (int64_t r = r0; r < r1; ++r) {
     const T* row = x + r * stride;
