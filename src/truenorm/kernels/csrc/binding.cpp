@@ -111,6 +111,11 @@ std::vector<Job> groups_of(const Job& whole, const Options& options) {
     }
     take_on(job.mask, row * whole.S);
     job.count = job.N * job.S;
+    if (job.C == 1) {  // all is one run
+      job.S = job.count;
+      job.N = 1;
+      job.layout = Layout::planes;
+    }
     for (int64_t k = 0; job.mask && k < job.N * job.S; ++k) job.count -= !job.mask[k];
     jobs.push_back(job);
     first += size;

@@ -114,18 +114,37 @@ struct Drive {
     }
   }
 
-  // Channel c, of parts that have been added: job.mean and job.var.
-  INLINE bool join(int64_t c) {
-    double s = first[c], q = second[c];
-    double count = double(job.count), off = s / count, var = q / count - off * off;
-    job.mean[c] = shift[c] + off;
-    job.var[c] = var > 0 || var != var ? var : 0;
-    // What cancelled between q and off is lost; of float64 nothing may be.
-    double most = AT_ONCE ? 0x1p-40 : 16;
-    if (off * off <= most * job.var[c] && var - var == 0) return true;
-    double to = job.mean[c];
-    if (to - to == 0) shift[c] = to;
-    return off == 0 && var == 0;
+  // What is done once a channel is done for several side by side, so that their roots and quotients
+  // are those of vectors: f(first channel, how many), at most SIDE.
+  static constexpr int64_t SIDE = 64;
+  template <class F>
+  INLINE void side_by_side(int64_t c0, int64_t c1, F f) const {
+    for (int64_t c = c0; c < c1; c += SIDE) f(c, least(SIDE, c1 - c));
+  }
+
+  // Channels of parts that have been added: job.mean and job.var; whether they are to be believed.
+  NOINLINE bool join(int64_t c0, int64_t c1) {
+    bool good = true;
+    double count = double(job.count);
+    side_by_side(c0, c1, [&](int64_t c, int64_t n) INLINE_LAMBDA {
+      double *mean = job.mean + c, *var = job.var + c, off[SIDE];
+      const double *s = first + c, *q = second + c, *by = shift + c;
+      for (int64_t i = 0; i < n; ++i) {
+        off[i] = s[i] / count;
+        double v = q[i] / count - off[i] * off[i];
+        mean[i] = by[i] + off[i];
+        var[i] = v > 0 || v != v ? v : 0;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        // What cancelled between q and off is lost.
+        double most = AT_ONCE ? 1 : 16;
+        if (off[i] * off[i] <= most * var[i] && var[i] - var[i] == 0) continue;
+        double to = mean[i];
+        if (to - to == 0) shift[c + i] = to;
+        good = good && off[i] == 0 && var[i] == 0;
+      }
+    });
+    return good;
   }
 
   // r and d of channel c: those that make of its values what the running statistics would.
@@ -136,50 +155,70 @@ struct Drive {
     job.d[c] = d > job.dmax ? job.dmax : d < -job.dmax ? -job.dmax : d;
   }
 
-  INLINE void prepare(int64_t c) {
-    double k = 1 / __builtin_sqrt(job.var[c] + job.eps), o = 0;
-    A m = A(job.mean[c]);
-    double off = double(m) - job.mean[c];
-    off = off - off == 0 ? off * k : 0;
-    if (job.running_mean) renormalize(c);
-    if (job.r) {
-      k *= job.r[c];
-      off = off * job.r[c] + job.d[c];
-    }
-    double w = job.weight ? job.weight[c] : 1;
-    o = off * w + (job.bias ? job.bias[c] : 0);
-    affine.mean[c] = m;
-    affine.scale[c] = A(k * w);
-    affine.offset[c] = A(o);
+  NOINLINE void prepare(int64_t c0, int64_t c1) {
+    side_by_side(c0, c1, [&](int64_t c, int64_t n) INLINE_LAMBDA {
+      double k[SIDE], o[SIDE];
+      const double *mean = job.mean + c, *var = job.var + c;
+      A* rounded = affine.mean + c;
+      for (int64_t i = 0; i < n; ++i) {
+        k[i] = 1 / __builtin_sqrt(var[i] + job.eps);
+        rounded[i] = A(mean[i]);
+        double off = double(rounded[i]) - mean[i];
+        o[i] = off - off == 0 ? off * k[i] : 0;
+      }
+      for (int64_t i = 0; job.running_mean && i < n; ++i) renormalize(c + i);
+      for (int64_t i = 0; job.r && i < n; ++i) {
+        k[i] *= job.r[c + i];
+        o[i] = o[i] * job.r[c + i] + job.d[c + i];
+      }
+      for (int64_t i = 0; job.weight && i < n; ++i) {
+        k[i] *= job.weight[c + i];
+        o[i] *= job.weight[c + i];
+      }
+      for (int64_t i = 0; job.bias && i < n; ++i) o[i] += job.bias[c + i];
+      for (int64_t i = 0; i < n; ++i) {
+        affine.scale[c + i] = A(k[i]);
+        affine.offset[c + i] = A(o[i]);
+      }
+    });
   }
 
-  // dx of channel c: a * dy + b * (x - mean) + c.
-  INLINE void prepare_gradient(int64_t c) {
-    double inverse = 1 / __builtin_sqrt(job.var[c] + job.eps);
-    double k = inverse * (job.weight ? job.weight[c] : 1) * (job.r ? job.r[c] : 1);
-    affine.a[c] = A(k);
-    if (!job.train) {
-      affine.b[c] = affine.c[c] = 0;
-      return;
-    }
-    double count = double(job.count), slip = double(affine.mean[c]);
-    slip = job.mean[c] - slip;  // x - affine.mean has this mean
-    slip = slip - slip == 0 ? slip : 0;
-    double b = -k * inverse * inverse * job.product[c] / count;
-    affine.b[c] = A(b);
-    affine.c[c] = A(-k * job.sum[c] / count - b * slip);
+  // dx: a * dy + b * (x - mean) + c.
+  NOINLINE void prepare_gradient(int64_t c0, int64_t c1) {
+    double count = double(job.count);
+    side_by_side(c0, c1, [&](int64_t c, int64_t n) INLINE_LAMBDA {
+      double k[SIDE], inverse[SIDE];
+      for (int64_t i = 0; i < n; ++i) k[i] = inverse[i] = 1 / __builtin_sqrt(job.var[c + i] + job.eps);
+      for (int64_t i = 0; job.weight && i < n; ++i) k[i] *= job.weight[c + i];
+      for (int64_t i = 0; job.r && i < n; ++i) k[i] *= job.r[c + i];
+      A *pa = affine.a + c, *pb = affine.b + c, *pc = affine.c + c;
+      for (int64_t i = 0; i < n; ++i) pa[i] = A(k[i]);
+      if (!job.train) {
+        for (int64_t i = 0; i < n; ++i) pb[i] = pc[i] = 0;
+        return;
+      }
+      const double *mean = job.mean + c, *sum = job.sum + c, *product = job.product + c;
+      const A* rounded = affine.mean + c;
+      for (int64_t i = 0; i < n; ++i) {
+        double slip = mean[i] - double(rounded[i]);  // x - affine.mean has this mean
+        slip = slip - slip == 0 ? slip : 0;
+        double b = -k[i] * inverse[i] * inverse[i] * product[i] / count;
+        pb[i] = A(b);
+        pc[i] = A(-k[i] * sum[i] / count - b * slip);
+      }
+    });
   }
 
-  INLINE void join_sums(int64_t c) {
-    double s = first[c], q = second[c], t = third[c];
-    // Taken about affine.mean, which is job.mean rounded, or the mean given, which may be too.
-    double at = affine.mean[c];
-    if (job.train) {
-      double slip = t / double(job.count);
-      if (slip - slip == 0) job.mean[c] = at + slip;
+  NOINLINE void join_sums(int64_t c0, int64_t c1) {
+    double count = double(job.count);
+    double *mean = job.mean, *sum = job.sum, *product = job.product;
+    for (int64_t c = c0; c < c1; ++c) {
+      // Taken about affine.mean, which is job.mean rounded, or the mean given, which may be too.
+      double at = affine.mean[c], slip = third[c] / count;
+      if (job.train && slip - slip == 0) mean[c] = at + slip;
+      sum[c] = first[c];
+      product[c] = second[c] - (mean[c] - at) * first[c];
     }
-    job.sum[c] = s;
-    job.product[c] = q - (job.mean[c] - at) * s;
   }
 
   // ---- pieces, of planes and of rows
@@ -196,21 +235,43 @@ struct Drive {
       return;
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
-    int64_t n = (c1 - c0) * S;
+    int64_t n = (c1 - c0) * S, fold = folded(n);
     double by[BLOCK], s[BLOCK], q[BLOCK];
     float by32[BLOCK];
-    expand(shift, c0, c1, by);
-    for (int64_t i = 0; i < n; ++i) {
+    expand(shift, c0, c1, by, fold);
+    for (int64_t i = 0; i < n * fold; ++i) {
       s[i] = q[i] = 0;
       by32[i] = float(by[i]);
     }
+    each_fold(c0, part, n, fold, [&](int64_t at, int64_t rows, int64_t times) INLINE_LAMBDA {
+      moments_rows<T, EXACT>(x + at, 0, rows, job.C * S * times, n * times, by, by32, far(job), s, q);
+    });
+    unfold(s, n, fold);
+    unfold(q, n, fold);
+    gather(c0, c1, part, s, first);
+    gather(c0, c1, part, q, second);
+  }
+
+  // How many rows of n columns are summed as one, so that they fill whole vectors.
+  INLINE int64_t folded(int64_t n) const {
+    if (pieces.blocks > 1) return 1;
+    int64_t fold = 1;
+    while (n * fold % LF != 0) fold *= 2;
+    return n * fold <= BLOCK ? fold : 1;
+  }
+  // The shown rows of a part, `fold` at a time while there are so many: f(offset, rows, times).
+  template <class F>
+  INLINE void each_fold(int64_t c0, int64_t part, int64_t n, int64_t fold, F f) const {
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
     stretches(r0, r1 - r0, [&](int64_t row, int64_t rows, bool shown) INLINE_LAMBDA {
       if (!shown) return;
-      moments_rows<T, EXACT>(x + c0 * S, row, row + rows, job.C * S, n, by, by32, far(job), s, q);
+      int64_t at = (row * job.C + c0) * job.S, whole = fold > 1 ? rows / fold : 0;
+      if (whole) f(at, whole, fold);
+      if (rows -= whole * fold) f(at + whole * fold * n, rows, int64_t(1));
     });
-    gather(c0, c1, part, s, first);
-    gather(c0, c1, part, q, second);
+  }
+  INLINE void unfold(double* sums, int64_t n, int64_t fold) const {
+    for (int64_t i = n; i < n * fold; ++i) sums[i % n] += sums[i];
   }
 
   INLINE void gather(int64_t c0, int64_t c1, int64_t part, const double* columns, double* to) {
@@ -308,20 +369,21 @@ struct Drive {
       return;
     }
     int64_t c0 = block * pieces.width, c1 = least(c0 + pieces.width, job.C), S = job.S;
-    int64_t n = (c1 - c0) * S, r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
+    int64_t n = (c1 - c0) * S, fold = folded(n);
     A m[BLOCK], k[BLOCK], o[BLOCK];
     double s[BLOCK], q[BLOCK], t[BLOCK];
-    for (int64_t i = 0; i < n; ++i) s[i] = q[i] = t[i] = 0;
-    expand(affine.mean, c0, c1, m);
-    expand(affine.scale, c0, c1, k);
-    expand(affine.offset, c0, c1, o);
-    int64_t at = c0 * S;
-    stretches(r0, r1 - r0, [&](int64_t row, int64_t rows, bool shown) INLINE_LAMBDA {
-      if (!shown) return;
+    for (int64_t i = 0; i < n * fold; ++i) s[i] = q[i] = t[i] = 0;
+    expand(affine.mean, c0, c1, m, fold);
+    expand(affine.scale, c0, c1, k, fold);
+    expand(affine.offset, c0, c1, o, fold);
+    each_fold(c0, part, n, fold, [&](int64_t at, int64_t rows, int64_t times) INLINE_LAMBDA {
       sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                                 out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr,
-                                 row, row + rows, job.C * S, n, m, k, o, s, q, t);
+                                 out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, 0,
+                                 rows, job.C * S * times, n * times, m, k, o, s, q, t);
     });
+    unfold(s, n, fold);
+    unfold(q, n, fold);
+    unfold(t, n, fold);
     gather(c0, c1, part, s, first);
     gather(c0, c1, part, q, second);
     gather(c0, c1, part, t, third);
@@ -399,11 +461,9 @@ struct Drive {
     }
   }
   INLINE bool joined(int64_t block) {
-    bool good = true;
     add_parts(first, block);
     add_parts(second, block);
-    for (int64_t c = begin(block); c < end(block); ++c) good &= join(c);
-    return good;
+    return join(begin(block), end(block));
   }
 
   void moments() {
@@ -440,7 +500,7 @@ struct Drive {
   void forward() {
     if (!job.train || !by_block() || !job.count) {
       if (job.train) moments();
-      for (int64_t c = 0; c < job.C; ++c) prepare(c);
+      prepare(0, job.C);
       if (job.layout == Layout::planes) {
         each_run([&](int64_t run) { apply_of<MODE, RESIDUAL>(run); });
       } else {
@@ -450,7 +510,7 @@ struct Drive {
     }
     each_block([&](int64_t block) {
       find_moments(block);
-      for (int64_t c = begin(block); c < end(block); ++c) prepare(c);
+      prepare(begin(block), end(block));
       for (int64_t p = 0; p < pieces.parts; ++p) apply_one<MODE, RESIDUAL>(block, p);
     });
   }
@@ -481,7 +541,7 @@ struct Drive {
 
   template <Mode MODE, bool OUTPUT>
   void backward(bool with_sums, bool with_gradient) {
-    for (int64_t c = 0; c < job.C; ++c) prepare(c);
+    prepare(0, job.C);
     // An activation's slope is computed once, where what it gives can be written without loss.
     bool keeps = MODE == TILED && with_sums && with_gradient && sizeof(T) == sizeof(A);
     kept = !keeps ? nullptr : dresidual ? dresidual : dx;
@@ -491,10 +551,8 @@ struct Drive {
         add_parts(second, block);
         add_parts(third, block);
       }
-      for (int64_t c = begin(block); c < end(block); ++c) {
-        if (with_sums) join_sums(c);
-        if (with_gradient) prepare_gradient(c);
-      }
+      if (with_sums) join_sums(begin(block), end(block));
+      if (with_gradient) prepare_gradient(begin(block), end(block));
     };
     if (with_sums && by_block()) {
       each_block([&](int64_t block) {

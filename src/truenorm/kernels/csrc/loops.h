@@ -330,17 +330,6 @@ INLINE void add_exactly(V& sum, V& lost, V value) {
   lost += (sum - (now - added)) + (value - added);
   sum = now;
 }
-// A vector or one value, at a place.
-template <class V>
-INLINE V at(const double* p) {
-  V out;
-  __builtin_memcpy(&out, p, sizeof(V));
-  return out;
-}
-template <class V>
-INLINE void put_at(double* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(V));
-}
 template <class V>
 INLINE V only_finite(V v) {
   return v - v == 0 ? v : V{};
@@ -494,7 +483,7 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, bool far, F f) {
 
 // Rows [r0, r1) of `n` columns, `stride` apart: sums of x - shift and its square, per column.
 template <class T, bool EXACT>
-INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int64_t n,
+NOINLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int64_t n,
                          const double* shift, const float* shift32, bool far,
                          double* first, double* second) {
   int64_t i = 0;
@@ -521,20 +510,25 @@ INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int
     i = n / LF * LF;
   }
   if constexpr (sizeof(T) == 8) {
-    auto column = [&](auto zero) INLINE_LAMBDA {
-      typedef decltype(zero) V;
-      V s{}, lost{}, q{}, lost_of_q{}, by = at<V>(shift + i);
-      for (int64_t r = r0; r < r1; ++r) {
-        V d = at<V>((const double*)x + r * stride + i) - by;
-        add_exactly(s, lost, d);
-        add_exactly(q, lost_of_q, d * d);
+    double waiting[2][BLOCK];
+    auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
+                    auto stage) INLINE_LAMBDA {
+      typedef Waiting<Stage(decltype(stage)::value), double> Sum;
+      for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
+        int64_t at = column + v * LD;
+        VD by = load(shift + at);
+        Sum s(waiting[0] + at), q(waiting[1] + at);
+        for (int64_t k = 0; k < decltype(rows)::value; ++k) {
+          VD d = load(x + (row + k) * stride + at) - by;
+          s.sum += d;
+          q.sum += d * d;
+        }
+        s.keep(waiting[0] + at, first + at);
+        q.keep(waiting[1] + at, second + at);
       }
-      put_at(first + i, at<V>(first + i) + (s + only_finite(lost)));
-      put_at(second + i, at<V>(second + i) + (q + only_finite(lost_of_q)));
     };
-    for (; i + LD <= n; i += LD) column(VD{});
-    for (; i < n; ++i) column(0.0);
-    return;
+    along_rows<LD>(r0, r1, n, far, step);
+    i = n / LD * LD;
   }
   for (int64_t r = r0; r < r1; ++r) {
     const T* row = x + r * stride;
@@ -553,7 +547,7 @@ INLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int
 }
 
 template <class T, Mode MODE, bool OUTPUT>
-INLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* out, const T* dy,
+NOINLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* out, const T* dy,
                       T* kept, int64_t r0, int64_t r1, int64_t stride, int64_t n, const wide<T>* mean,
                       const wide<T>* scale, const wide<T>* offset, double* first, double* second,
                       double* third) {
