@@ -472,7 +472,7 @@ INLINE void along_rows(int64_t r0, int64_t r1, int64_t n, bool far, F f) {
   for (; r + CHAIN <= r1; r += CHAIN) {
     if (far) {
       in_turn(r, Count<1>{});
-    } else if (n <= ABREAST * L) {
+    } else if (n <= ABREAST * L || L == LD) {
       along(r, Count<CHAIN>{}, Count<WHOLE>{});
     } else {
       in_turn(r, Count<2>{});
