@@ -302,6 +302,16 @@ struct Drive {
     return pieces.blocks > 1 || job.mask ? 1 : most(1, least(BLOCK / n, rows));
   }
 
+  // What a gradient comes from, and whether the residual's is written: what has been kept is both.
+  template <Mode MODE>
+  INLINE const T* from() const {
+    return MODE == PLAIN && kept ? kept : dy;
+  }
+  template <Mode MODE>
+  INLINE bool to_residual() const {
+    return dresidual && !(MODE == PLAIN && kept);
+  }
+
   // n values of channel c that lie side by side; zero where they are not shown.
   template <Mode MODE, bool RESIDUAL>
   INLINE void apply_stretch(int64_t c, int64_t at, int64_t n, bool shown) {
@@ -320,9 +330,9 @@ struct Drive {
       return;
     }
     gradient_run<T, MODE, OUTPUT, false>(
-        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr, dy + at,
-        kept ? kept + at : nullptr, dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr, n,
-        affine, c);
+        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
+        from<MODE>() + at, kept ? kept + at : nullptr, dx ? dx + at : nullptr,
+        to_residual<MODE>() ? dresidual + at : nullptr, n, affine, c);
   }
 
   template <Mode MODE, bool RESIDUAL>
@@ -416,9 +426,9 @@ struct Drive {
         continue;
       }
       gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
-                                          out ? out + at : nullptr, dy + at,
+                                          out ? out + at : nullptr, from<MODE>() + at,
                                           kept ? kept + at : nullptr, dx ? dx + at : nullptr,
-                                          dresidual ? dresidual + at : nullptr,
+                                          to_residual<MODE>() ? dresidual + at : nullptr,
                                           n * least(step, r1 - r), p, 0);
     }
   }
@@ -542,9 +552,17 @@ struct Drive {
   template <Mode MODE, bool OUTPUT>
   void backward(bool with_sums, bool with_gradient) {
     prepare(0, job.C);
-    // An activation's slope is computed once, where what it gives can be written without loss.
-    bool keeps = MODE == TILED && with_sums && with_gradient && sizeof(T) == sizeof(A);
-    kept = !keeps ? nullptr : dresidual ? dresidual : dx;
+    // An activation's slope is computed once, where what it gives can be written without loss. That
+    // of a ReLU is 0 or 1: by the output the residual's gradient is written first, and x's follows
+    // from it as without an activation.
+    constexpr Mode SECOND = MODE == RELU && OUTPUT ? PLAIN : MODE;
+    bool both = with_sums && with_gradient;
+    if (MODE == TILED && both && sizeof(T) == sizeof(A)) kept = dresidual ? dresidual : dx;
+    if (MODE != SECOND && both) kept = dresidual;
+    auto gradient = [&](int64_t block, int64_t part) {
+      MODE != SECOND && kept ? gradient_one<SECOND, false>(block, part)
+                             : gradient_one<MODE, OUTPUT>(block, part);
+    };
     auto after = [&](int64_t block) {
       if (with_sums) {
         add_parts(first, block);
@@ -559,7 +577,7 @@ struct Drive {
         for (int64_t p = 0; p < pieces.parts; ++p) sums_one<MODE, OUTPUT>(block, p);
         after(block);
         if (!with_gradient) return;
-        for (int64_t p = 0; p < pieces.parts; ++p) gradient_one<MODE, OUTPUT>(block, p);
+        for (int64_t p = 0; p < pieces.parts; ++p) gradient(block, p);
       });
       return;
     }
@@ -568,9 +586,11 @@ struct Drive {
     }
     for (int64_t block = 0; block < pieces.blocks; ++block) after(block);
     if (with_gradient && job.layout == Layout::planes) {
-      each_run([&](int64_t run) { gradient_of<MODE, OUTPUT>(run); });
+      each_run([&](int64_t run) {
+        MODE != SECOND && kept ? gradient_of<SECOND, false>(run) : gradient_of<MODE, OUTPUT>(run);
+      });
     } else if (with_gradient) {
-      each_piece([&](int64_t block, int64_t part) { gradient_one<MODE, OUTPUT>(block, part); });
+      each_piece(gradient);
     }
   }
 };

@@ -369,8 +369,8 @@ INLINE void moments_run(const T* x, int64_t n, double shift, int64_t ahead, Sums
   }
 }
 
-// Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean; TILED also
-// writes g to `kept`, if that is given.
+// Sums of the gradient g in front of the activation, of g * (x - mean), and of x - mean; what is not
+// cheaper found again, TILED and by OUTPUT, also writes g to `kept`, if that is given.
 template <class T, Mode MODE, bool OUTPUT>
 INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out,
                      const T* dy, T* kept, int64_t n, const wide<T>* mean,
@@ -424,10 +424,14 @@ INLINE void sums_run(const Job& job, const T* x, const T* residual, const T* out
     add(
         x, n,
         [&](int64_t i) INLINE_LAMBDA {
-          return gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, m, ks, o, high);
+          vec<A> g = gradient_at<T, MODE, OUTPUT, false>(x, out, dy, i, m, ks, o, high);
+          if (OUTPUT && kept) store(kept + i, g);
+          return g;
         },
         [&](int64_t i) INLINE_LAMBDA {
-          return gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset, high[0]);
+          A g = gradient_of_one<T, MODE, OUTPUT, false>(x, out, dy, i, mean, scale, offset, high[0]);
+          if (OUTPUT && kept) kept[i] = narrow<T>(g);
+          return g;
         });
   }
   sums = own;
@@ -594,6 +598,7 @@ NOINLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* 
         vec<A> g = gradient_at<T, MODE, OUTPUT, true>(x + at, OUTPUT ? out + at : out, dy + at, i,
                                                       m, ks, o, high);
         vec<A> d = load(x + at + i) - m.at(i);
+        if (OUTPUT && kept) store(kept + at + i, g);
         s.sum += g, q.sum += g * d, t.sum += d;
       }
       s.keep(waiting[0] + i, first + i);
@@ -605,8 +610,10 @@ NOINLINE void sums_rows(const Job& job, const T* x, const T* residual, const T* 
   for (int64_t i = n / L * L; i < n; ++i) {
     for (int64_t row = r0; row < r1; ++row) {
       int64_t j = row * stride;
-      double g = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
-                                                        mean, scale, offset, high[0]);
+      A one = gradient_of_one<T, MODE, OUTPUT, true>(x + j, OUTPUT ? out + j : out, dy + j, i,
+                                                     mean, scale, offset, high[0]);
+      if (OUTPUT && kept) kept[j + i] = narrow<T>(one);
+      double g = one;
       double d = widen(x[j + i]) - mean[i];
       first[i] += g;
       second[i] += g * d;
