@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint zoo recall conformance bench axe statistics recipes wheel clean
+.PHONY: train test lint zoo recall conformance bench axe statistics recipes wheel sanitize aarch64 clean
 
 train: .venv/ready
 	$(BIN)/truenorm train
@@ -55,6 +55,22 @@ wheel: .venv/ready-dev
 	rm dist/*-linux_*.whl
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/torch-abi-audit --check torch src/truenorm/kernels/_kernels.abi3.so
+
+# The kernels under the address and undefined-behaviour sanitizers: all their tests (g++).
+sanitize: .venv/ready-dev
+	$(BIN)/python tests/kernels/sanitized.py
+
+# The kernels for another processor, compiled by Debian's g++-aarch64-linux-gnu, run by qemu-user.
+CROSS := aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fno-strict-aliasing \
+	-Wno-psabi -Isrc/truenorm/kernels/csrc
+aarch64: .venv/ready
+	mkdir -p build
+	$(CROSS) -fsyntax-only -DTORCH_TARGET_VERSION=0x020a000000000000 \
+		-I$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include \
+		src/truenorm/kernels/csrc/binding.cpp
+	$(CROSS) -static src/truenorm/kernels/csrc/baseline.cpp src/truenorm/kernels/csrc/choose.cpp \
+		tests/kernels/standalone.cpp -o build/standalone-aarch64
+	qemu-aarch64 build/standalone-aarch64
 
 KERNELS := setup.py src/truenorm/kernels/build.py $(wildcard src/truenorm/kernels/csrc/*)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt

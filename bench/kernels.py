@@ -10,9 +10,9 @@ much memory in all: the least that has to be read and written once is x, y (forw
 (backward), 5 tensors, and 8 with a residual, r, its gradient and y again; a copy of one tensor moves
 2. So the share is 5 / 2, or 8 / 2, of the time of a copy, by our time.
 
-``--compiled`` adds torch.compile's way (inductor), ``--jax PYTHON`` that of JAX in an environment of
-its own (``python -m venv jax; jax/bin/pip install jax; ... --jax jax/bin/python``); both as times
-of ours to theirs. ``--grid`` measures batch norm alone on 80 inputs: shapes, layouts and dtypes.
+``--compiled`` adds torch.compile's way (inductor), ``--jax PYTHON`` that of JAX in an environment
+of its own (``python -m venv jax; jax/bin/pip install jax; ... --jax jax/bin/python``); both as
+times of theirs to ours. ``--grid`` measures batch norm alone on 80 inputs: shapes, layouts, dtypes.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def main() -> None:
                 for form, target in zip(FORMS, group.targets, strict=True):
                     if target is None:
                         continue
-                    row, line = _line(group, shape, form, target, told, jax)
+                    row, line = _line(group, shape, (form, target), told, jax)
                     rows.append({"threads": threads, **row})
                     lines.append(line)
                     print(line, flush=True)
@@ -309,12 +309,12 @@ def _words(told: argparse.Namespace) -> list[str]:
 def _line(
     group: Group,
     shape: tuple[int, ...],
-    form: str,
-    target: float,
+    wanted: tuple[str, float],
     told: argparse.Namespace,
     jax: dict[str, float],
 ) -> tuple[dict[str, Any], str]:
-    """One input in one form: what is kept of it, and its line in the table."""
+    """One input in one form, with its target: what is kept of it, and its line in the table."""
+    form, target = wanted
     with torch.set_grad_enabled(group.training):
         pair = arms(shape, form, last=group.last, training=group.training)
         large = group.training and shape in LARGE

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -31,15 +32,23 @@ class NoKernelsError(Exception):
     """The kernels cannot be compiled here; says why."""
 
 
-def compile_library(to: Path = LIBRARY) -> None:
+def compile_library(to: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
     """Compile the kernels to ``to``, against the torch that this Python imports.
 
-    Nothing is compiled that has not changed since.
+    Without ``flags`` nothing is compiled that has not changed since.
+
+    Args:
+        to: the library.
+        flags: of the compiler, behind the usual ones.
 
     Raises:
         NoKernelsError: no compiler, no torch, or the compiler refused.
     """
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(map(_changed, SOURCES.iterdir())):
+    if (
+        not flags
+        and LIBRARY.exists()
+        and LIBRARY.stat().st_mtime > max(map(_changed, SOURCES.iterdir()))
+    ):
         if to.resolve() != LIBRARY.resolve():
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(LIBRARY, to)
@@ -50,13 +59,13 @@ def compile_library(to: Path = LIBRARY) -> None:
         for source in sorted(SOURCES.glob("*.cpp")):
             made = Path(scratch, f"{source.stem}.o")
             reading = f"-I{torch / 'include'}", "-c", str(source)
-            jobs.append((made, _start([*compiler, *_FLAGS, *reading, "-o", str(made)])))
+            jobs.append((made, _start([*compiler, *_FLAGS, *flags, *reading, "-o", str(made)])))
         for _, job in jobs:
             _end(job)
         linked = Path(scratch, to.name)
         objects = [str(made) for made, _ in jobs]
         libraries = f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-s"
-        _end(_start([*compiler, "-shared", *objects, *libraries, "-o", str(linked)]))
+        _end(_start([*compiler, *flags, "-shared", *objects, *libraries, "-o", str(linked)]))
         to.parent.mkdir(parents=True, exist_ok=True)
         # Under another name first: a process may hold the old file mapped.
         shutil.copyfile(linked, staged := to.with_suffix(f".{os.getpid()}"))
