@@ -38,6 +38,7 @@ template <class T>
 struct Drive {
   typedef wide<T> A;
   Job& job;
+  Job cached;  // the same, of which nothing is written past the caches: what is written twice
   Pieces pieces;
   const T *x, *residual, *out, *dy;
   T *y, *dx, *dresidual;
@@ -47,9 +48,10 @@ struct Drive {
   double *shift, *first, *second, *third;  // of channels, and of parts of channels
 
   explicit Drive(Job& job)
-      : job(job), pieces(job), x((const T*)job.x), residual((const T*)job.residual),
+      : job(job), cached(job), pieces(job), x((const T*)job.x), residual((const T*)job.residual),
         out((const T*)job.out), dy((const T*)job.dy), y((T*)job.y), dx((T*)job.dx),
         dresidual((T*)job.dresidual), arena(job.C * (7 + 3 * pieces.parts)) {
+    cached.stream = false;
     double* at = arena.at;
     shift = at;
     first = at += job.C;
@@ -60,36 +62,52 @@ struct Drive {
     affine = {p, p + job.C, p + 2 * job.C, p + 3 * job.C, p + 4 * job.C, p + 5 * job.C};
   }
 
-  // Stretches of `length` values or rows, from the place `from` of the mask, that are all shown or
-  // all not: f(from, length, shown).
+  // What a mask shows of some values: nothing, all, or a part.
+  enum Seen { HIDDEN, SHOWN, MIXED };
+  static INLINE Seen seen(const uint8_t* mask, int64_t n) {
+    uint8_t any = 0, all = 1;
+    for (int64_t i = 0; i < n; ++i) any |= mask[i], all &= mask[i];
+    return all ? SHOWN : any ? MIXED : HIDDEN;
+  }
+
+  // `length` values or rows from the place `from` of the mask, cut into what is shown, hidden, and
+  // both within a tile: f(from, length, seen).
   template <class F>
-  INLINE void stretches(int64_t from, int64_t length, F f) const {
-    if (!job.mask) return f(from, length, true);
-    for (int64_t end = from + length; from < end;) {
-      bool shown = job.mask[from];
-      uint64_t eight, same = shown ? 0x0101010101010101 : 0;
-      int64_t to = from + 1;
-      for (; to + 8 <= end; to += 8) {
-        __builtin_memcpy(&eight, job.mask + to, 8);
-        if (eight != same) break;
+  INLINE void stretches(int64_t from, int64_t length, int64_t tile, F f) const {
+    if (!job.mask) return f(from, length, SHOWN);
+    int64_t end = from + length, size = least(tile, length);
+    Seen now = seen(job.mask + from, size);
+    while (from < end) {
+      int64_t to = from + size;
+      Seen next = now;
+      while (to < end) {
+        size = least(tile, end - to);
+        next = seen(job.mask + to, size);
+        if (next != now || now == MIXED) break;
+        to += size;
       }
-      while (to < end && bool(job.mask[to]) == shown) ++to;
-      f(from, to - from, shown);
+      f(from, to - from, now);
       from = to;
+      now = next;
     }
   }
 
-  // Runs of channel c in part p, cut where the mask changes: f(offset, length, shown).
+  // Runs of channel c in part p, cut where the mask changes: f(offset, length, seen, their mask).
   template <class F>
   INLINE void runs(int64_t c, int64_t part, F f) const {
     int64_t at = part * pieces.size, end = least(at + pieces.size, job.N * job.S);
     while (at < end) {
       int64_t n = at / job.S, s = at % job.S, length = least(job.S - s, end - at);
-      stretches(at, length, [&](int64_t from, int64_t size, bool shown) INLINE_LAMBDA {
-        f((n * job.C + c) * job.S + s + from - at, size, shown);
-      });
+      one_run(at, (n * job.C + c) * job.S + s, length, f);
       at += length;
     }
+  }
+  // `length` values at `at`, whose mask begins at `place`.
+  template <class F>
+  INLINE void one_run(int64_t place, int64_t at, int64_t length, F f) const {
+    stretches(place, length, TILE, [&](int64_t from, int64_t size, Seen seen) INLINE_LAMBDA {
+      f(at + from - place, size, seen, job.mask + from);
+    });
   }
 
   // The mean of a few values, far apart, whose number is a power of two: equal ones give
@@ -227,8 +245,17 @@ struct Drive {
   INLINE void moments_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
       Sums sums;
-      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
-        if (shown) moments_run<T, EXACT>(x + at, n, shift[block], ahead_of(job), sums);
+      runs(block, part, [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+        if (seen == HIDDEN) return;
+        if (seen == SHOWN) {
+          moments_run<T, EXACT>(x + at, n, shift[block], ahead_of(job), sums);
+          return;
+        }
+        // Wide enough for the shift, from which what is hidden does not differ.
+        typedef Either<EXACT, double, A> Covering;
+        Covering covered[TILE];
+        cover(x + at, mask, Covering(shift[block]), covered, n);
+        moments_run<Covering, EXACT>(covered, n, shift[block], 0, sums);
       });
       first[part * job.C + block] = total(sums.first[0] + sums.first[1]) + sums.first1;
       second[part * job.C + block] = total(sums.second[0] + sums.second[1]) + sums.second1;
@@ -243,8 +270,9 @@ struct Drive {
       s[i] = q[i] = 0;
       by32[i] = float(by[i]);
     }
-    each_fold(c0, part, n, fold, [&](int64_t at, int64_t rows, int64_t times) INLINE_LAMBDA {
-      moments_rows<T, EXACT>(x + at, 0, rows, job.C * S * times, n * times, by, by32, far(job), s, q);
+    Rows all = {x, nullptr, nullptr, nullptr};
+    each_fold(all, c0, part, n, fold, [&](const Rows& at, int64_t rows, int64_t times) INLINE_LAMBDA {
+      moments_rows<T, EXACT>(at.x, 0, rows, at.stride * times, n * times, by, by32, far(job), s, q);
     });
     unfold(s, n, fold);
     unfold(q, n, fold);
@@ -259,17 +287,55 @@ struct Drive {
     while (n * fold % LF != 0) fold *= 2;
     return n * fold <= BLOCK ? fold : 1;
   }
-  // The shown rows of a part, `fold` at a time while there are so many: f(offset, rows, times).
+  // Rows of those tensors that a sum is of.
+  struct Rows {
+    const T *x, *dy, *residual, *out;
+    int64_t stride = 0;
+    template <class F>
+    INLINE void each(F f) {
+      const T** all[] = {&x, &dy, &residual, &out};
+      for (const T** p : all) {
+        if (*p) f(*p);
+      }
+    }
+  };
+  // The shown rows of a part, `fold` at a time while there are so many: f(where they are, rows,
+  // times). Few that lie together are copied, to be as many as the others.
   template <class F>
-  INLINE void each_fold(int64_t c0, int64_t part, int64_t n, int64_t fold, F f) const {
+  INLINE void each_fold(const Rows& all, int64_t c0, int64_t part, int64_t n, int64_t fold,
+                        F f) const {
     int64_t r0 = part * pieces.size, r1 = least(r0 + pieces.size, job.N);
-    stretches(r0, r1 - r0, [&](int64_t row, int64_t rows, bool shown) INLINE_LAMBDA {
-      if (!shown) return;
-      int64_t at = (row * job.C + c0) * job.S, whole = fold > 1 ? rows / fold : 0;
+    auto work = [&](Rows at, int64_t rows) {
+      int64_t whole = fold > 1 ? rows / fold : 0;
       if (whole) f(at, whole, fold);
-      if (rows -= whole * fold) f(at + whole * fold * n, rows, int64_t(1));
+      at.each([&](const T*& p) { p += whole * fold * n; });
+      if (rows -= whole * fold) f(at, rows, int64_t(1));
+    };
+    T copies[4][COPIED];
+    Rows copied = all;
+    int64_t held = 0, k = 0;
+    copied.stride = n;
+    copied.each([&](const T*& p) { p = copies[k++]; });
+    stretches(r0, r1 - r0, 1, [&](int64_t row, int64_t rows, Seen seen) {
+      if (seen == HIDDEN) return;
+      Rows at = all;
+      at.stride = job.C * job.S;
+      at.each([&](const T*& p) { p += row * at.stride + c0 * job.S; });
+      if (!job.mask || rows >= FEW) return work(at, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        int64_t k = 0;
+        at.each([&](const T*& p) {
+          __builtin_memcpy((void*)(copies[k++] + held * n), p, size_t(n) * sizeof(T));
+          p += at.stride;
+        });
+        if (++held < COPIED / n) continue;
+        work(copied, held);
+        held = 0;
+      }
     });
+    if (held) work(copied, held);
   }
+  static constexpr int64_t COPIED = 4 * BLOCK, FEW = 32;
   INLINE void unfold(double* sums, int64_t n, int64_t fold) const {
     for (int64_t i = n; i < n * fold; ++i) sums[i % n] += sums[i];
   }
@@ -299,7 +365,7 @@ struct Drive {
   // How many rows of n columns are worked on as one run: they lie behind each other where one
   // block has all channels.
   INLINE int64_t together(int64_t n, int64_t rows) const {
-    return pieces.blocks > 1 || job.mask ? 1 : most(1, least(BLOCK / n, rows));
+    return pieces.blocks > 1 ? 1 : most(1, least(BLOCK / n, rows));
   }
 
   // What a gradient comes from, and whether the residual's is written: what has been kept is both.
@@ -312,34 +378,49 @@ struct Drive {
     return dresidual && !(MODE == PLAIN && kept);
   }
 
+  // Zeros in those of `rows` rows of n columns that are hidden.
+  INLINE void hide(T* to, int64_t row, int64_t rows, int64_t c0, int64_t n) const {
+    if (!job.mask || !to) return;
+    for (int64_t r = row; r < row + rows; ++r) {
+      if (!job.mask[r]) {
+        __builtin_memset((void*)(to + (r * job.C + c0) * job.S), 0, size_t(n) * sizeof(T));
+      }
+    }
+  }
+
   // n values of channel c that lie side by side; zero where they are not shown.
   template <Mode MODE, bool RESIDUAL>
-  INLINE void apply_stretch(int64_t c, int64_t at, int64_t n, bool shown) {
-    if (!shown) {
+  INLINE void apply_stretch(int64_t c, int64_t at, int64_t n, Seen seen, const uint8_t* mask) {
+    if (seen == HIDDEN) {
       __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
       return;
     }
+    const Job& job = seen == MIXED ? cached : this->job;
     apply_run<T, MODE, RESIDUAL, false>(job, x + at, residual + (RESIDUAL ? at : 0), y + at, n,
                                         affine.mean + c, affine.scale + c, affine.offset + c);
+    if (seen == MIXED) blank(y + at, mask, n);
   }
   template <Mode MODE, bool OUTPUT>
-  INLINE void gradient_stretch(int64_t c, int64_t at, int64_t n, bool shown) {
-    if (!shown) {
+  INLINE void gradient_stretch(int64_t c, int64_t at, int64_t n, Seen seen, const uint8_t* mask) {
+    if (seen == HIDDEN) {
       if (dx) __builtin_memset((void*)(dx + at), 0, size_t(n) * sizeof(T));
       if (dresidual) __builtin_memset((void*)(dresidual + at), 0, size_t(n) * sizeof(T));
       return;
     }
+    const Job& job = seen == MIXED ? cached : this->job;
     gradient_run<T, MODE, OUTPUT, false>(
         job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
         from<MODE>() + at, kept ? kept + at : nullptr, dx ? dx + at : nullptr,
         to_residual<MODE>() ? dresidual + at : nullptr, n, affine, c);
+    if (seen == MIXED && dx) blank(dx + at, mask, n);
+    if (seen == MIXED && dresidual) blank(dresidual + at, mask, n);
   }
 
   template <Mode MODE, bool RESIDUAL>
   INLINE void apply_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
-      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
-        apply_stretch<MODE, RESIDUAL>(block, at, n, shown);
+      runs(block, part, [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+        apply_stretch<MODE, RESIDUAL>(block, at, n, seen, mask);
       });
       return;
     }
@@ -353,12 +434,9 @@ struct Drive {
     expand(affine.offset, c0, c1, o, step);
     for (int64_t r = r0; r < r1; r += step) {
       int64_t at = (r * job.C + c0) * S;
-      if (job.mask && !job.mask[r]) {
-        __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
-        continue;
-      }
       apply_run<T, MODE, RESIDUAL, true>(job, x + at, residual + (RESIDUAL ? at : 0), y + at,
                                          n * least(step, r1 - r), m, k, o);
+      hide(y, r, least(step, r1 - r), c0, n);
     }
   }
 
@@ -366,11 +444,26 @@ struct Drive {
   INLINE void sums_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
       Sums sums;
-      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
-        if (!shown) return;
-        sums_run<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                                  out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, n, affine.mean + block,
-                                  affine.scale + block, affine.offset + block, sums);
+      runs(block, part, [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+        if (seen == HIDDEN) return;
+        if (seen == SHOWN) {
+          sums_run<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
+                                    out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr,
+                                    n, affine.mean + block, affine.scale + block,
+                                    affine.offset + block, sums);
+          return;
+        }
+        A covered[4][TILE];  // what is hidden is no difference from the mean, and no gradient
+        const A* beside[4];
+        const T* of[4] = {x, dy, residual, out};
+        for (int64_t k = 0; k < 4; ++k) {
+          beside[k] = of[k] ? covered[k] : nullptr;
+          if (!of[k]) continue;
+          cover(of[k] + at, mask, k == 0 ? affine.mean[block] : A(0), covered[k], n);
+        }
+        sums_run<A, MODE, OUTPUT>(job, beside[0], beside[2], beside[3], beside[1], nullptr, n,
+                                  affine.mean + block, affine.scale + block, affine.offset + block,
+                                  sums);
       });
       int64_t to = part * job.C + block;
       first[to] = total(sums.first[0] + sums.first[1]) + sums.first1;
@@ -386,10 +479,11 @@ struct Drive {
     expand(affine.mean, c0, c1, m, fold);
     expand(affine.scale, c0, c1, k, fold);
     expand(affine.offset, c0, c1, o, fold);
-    each_fold(c0, part, n, fold, [&](int64_t at, int64_t rows, int64_t times) INLINE_LAMBDA {
-      sums_rows<T, MODE, OUTPUT>(job, x + at, residual ? residual + at : nullptr,
-                                 out ? out + at : nullptr, dy + at, kept ? kept + at : nullptr, 0,
-                                 rows, job.C * S * times, n * times, m, k, o, s, q, t);
+    Rows all = {x, dy, residual, out};
+    each_fold(all, c0, part, n, fold, [&](const Rows& at, int64_t rows, int64_t times) INLINE_LAMBDA {
+      sums_rows<T, MODE, OUTPUT>(job, at.x, at.residual, at.out, at.dy,
+                                 kept ? kept + (at.x - x) : nullptr, 0, rows, at.stride * times,
+                                 n * times, m, k, o, s, q, t);
     });
     unfold(s, n, fold);
     unfold(q, n, fold);
@@ -402,8 +496,8 @@ struct Drive {
   template <Mode MODE, bool OUTPUT>
   INLINE void gradient_piece(int64_t block, int64_t part) {
     if (job.layout == Layout::planes) {
-      runs(block, part, [&](int64_t at, int64_t n, bool shown) INLINE_LAMBDA {
-        gradient_stretch<MODE, OUTPUT>(block, at, n, shown);
+      runs(block, part, [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+        gradient_stretch<MODE, OUTPUT>(block, at, n, seen, mask);
       });
       return;
     }
@@ -420,16 +514,13 @@ struct Drive {
     expand(affine.c, c0, c1, p.c, step);
     for (int64_t r = r0; r < r1; r += step) {
       int64_t at = (r * job.C + c0) * S;
-      if (job.mask && !job.mask[r]) {
-        if (dx) __builtin_memset((void*)(dx + at), 0, size_t(n) * sizeof(T));
-        if (dresidual) __builtin_memset((void*)(dresidual + at), 0, size_t(n) * sizeof(T));
-        continue;
-      }
       gradient_run<T, MODE, OUTPUT, true>(job, x + at, residual ? residual + at : nullptr,
                                           out ? out + at : nullptr, from<MODE>() + at,
                                           kept ? kept + at : nullptr, dx ? dx + at : nullptr,
                                           to_residual<MODE>() ? dresidual + at : nullptr,
                                           n * least(step, r1 - r), p, 0);
+      hide(dx, r, least(step, r1 - r), c0, n);
+      hide(dresidual, r, least(step, r1 - r), c0, n);
     }
   }
 
@@ -528,16 +619,18 @@ struct Drive {
   template <Mode MODE, bool RESIDUAL>
   NOINLINE void apply_of(int64_t run) {
     int64_t c = run % job.C, at = run * job.S;
-    stretches(run / job.C * job.S, job.S, [&](int64_t from, int64_t n, bool shown) INLINE_LAMBDA {
-      apply_stretch<MODE, RESIDUAL>(c, at + from - run / job.C * job.S, n, shown);
-    });
+    auto stretch = [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+      apply_stretch<MODE, RESIDUAL>(c, at, n, seen, mask);
+    };
+    one_run(run / job.C * job.S, at, job.S, stretch);
   }
   template <Mode MODE, bool OUTPUT>
   NOINLINE void gradient_of(int64_t run) {
     int64_t c = run % job.C, at = run * job.S;
-    stretches(run / job.C * job.S, job.S, [&](int64_t from, int64_t n, bool shown) INLINE_LAMBDA {
-      gradient_stretch<MODE, OUTPUT>(c, at + from - run / job.C * job.S, n, shown);
-    });
+    auto stretch = [&](int64_t at, int64_t n, Seen seen, const uint8_t* mask) INLINE_LAMBDA {
+      gradient_stretch<MODE, OUTPUT>(c, at, n, seen, mask);
+    };
+    one_run(run / job.C * job.S, at, job.S, stretch);
   }
 
   template <Mode MODE, bool OUTPUT>
@@ -556,7 +649,7 @@ struct Drive {
     // of a ReLU is 0 or 1: by the output the residual's gradient is written first, and x's follows
     // from it as without an activation.
     constexpr Mode SECOND = MODE == RELU && OUTPUT ? PLAIN : MODE;
-    bool both = with_sums && with_gradient;
+    bool both = with_sums && with_gradient && !job.mask;
     if (MODE == TILED && both && sizeof(T) == sizeof(A)) kept = dresidual ? dresidual : dx;
     if (MODE != SECOND && both) kept = dresidual;
     auto gradient = [&](int64_t block, int64_t part) {

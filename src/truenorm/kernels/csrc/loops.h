@@ -83,6 +83,32 @@ INLINE void put(T* p, vec<wide<T>> v) {
   }
 }
 
+template <bool FIRST, class A, class B>
+struct Choice {
+  typedef A type;
+};
+template <class A, class B>
+struct Choice<false, A, B> {
+  typedef B type;
+};
+template <bool FIRST, class A, class B>
+using Either = typename Choice<FIRST, A, B>::type;
+
+// Widens n values, of which a mask does not show some: those become `fill`.
+template <class T, class A>
+NOINLINE void cover(const T* from, const uint8_t* mask, A fill, A* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    A value = widen(from[i]);
+    to[i] = mask[i] ? value : fill;
+  }
+}
+// Zeros where a mask does not show one of n values.
+template <class T>
+NOINLINE void blank(T* to, const uint8_t* mask, int64_t n) {
+  typedef Either<sizeof(T) == 2, uint16_t, Either<sizeof(T) == 4, uint32_t, uint64_t>> B;
+  for (int64_t i = 0; i < n; ++i) ((B*)to)[i] &= B(-B(mask[i]));
+}
+
 // ---- one run: n values that lie side by side, of one channel or of n columns -----------------
 
 // What goes into the activation, of n <= TILE values, and zeros up to a whole vector.
