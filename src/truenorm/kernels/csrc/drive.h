@@ -395,10 +395,11 @@ struct Drive {
       __builtin_memset((void*)(y + at), 0, size_t(n) * sizeof(T));
       return;
     }
-    const Job& job = seen == MIXED ? cached : this->job;
-    apply_run<T, MODE, RESIDUAL, false>(job, x + at, residual + (RESIDUAL ? at : 0), y + at, n,
-                                        affine.mean + c, affine.scale + c, affine.offset + c);
-    if (seen == MIXED) blank(y + at, mask, n);
+    T tile[TILE], *to = seen == MIXED ? tile : y + at;
+    apply_run<T, MODE, RESIDUAL, false>(seen == MIXED ? cached : job, x + at,
+                                        residual + (RESIDUAL ? at : 0), to, n, affine.mean + c,
+                                        affine.scale + c, affine.offset + c);
+    if (seen == MIXED) put_shown(tile, mask, y + at, n, job.stream);
   }
   template <Mode MODE, bool OUTPUT>
   INLINE void gradient_stretch(int64_t c, int64_t at, int64_t n, Seen seen, const uint8_t* mask) {
@@ -407,13 +408,15 @@ struct Drive {
       if (dresidual) __builtin_memset((void*)(dresidual + at), 0, size_t(n) * sizeof(T));
       return;
     }
-    const Job& job = seen == MIXED ? cached : this->job;
+    T tiles[2][TILE], *to = dx ? dx + at : nullptr;
+    T* beside = to_residual<MODE>() ? dresidual + at : nullptr;
+    bool mixed = seen == MIXED;
     gradient_run<T, MODE, OUTPUT, false>(
-        job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
-        from<MODE>() + at, kept ? kept + at : nullptr, dx ? dx + at : nullptr,
-        to_residual<MODE>() ? dresidual + at : nullptr, n, affine, c);
-    if (seen == MIXED && dx) blank(dx + at, mask, n);
-    if (seen == MIXED && dresidual) blank(dresidual + at, mask, n);
+        mixed ? cached : job, x + at, residual ? residual + at : nullptr, out ? out + at : nullptr,
+        from<MODE>() + at, kept ? kept + at : nullptr, to && mixed ? tiles[0] : to,
+        beside && mixed ? tiles[1] : beside, n, affine, c);
+    if (mixed && to) put_shown(tiles[0], mask, to, n, job.stream);
+    if (mixed && beside) put_shown(tiles[1], mask, beside, n, job.stream);
   }
 
   template <Mode MODE, bool RESIDUAL>

@@ -102,11 +102,18 @@ NOINLINE void cover(const T* from, const uint8_t* mask, A fill, A* to, int64_t n
     to[i] = mask[i] ? value : fill;
   }
 }
-// Zeros where a mask does not show one of n values.
+// Copies n <= TILE values, with zeros where a mask does not show one; past the caches, if asked.
 template <class T>
-NOINLINE void blank(T* to, const uint8_t* mask, int64_t n) {
+NOINLINE void put_shown(T* from, const uint8_t* mask, T* to, int64_t n, bool past) {
   typedef Either<sizeof(T) == 2, uint16_t, Either<sizeof(T) == 4, uint32_t, uint64_t>> B;
-  for (int64_t i = 0; i < n; ++i) ((B*)to)[i] &= B(-B(mask[i]));
+  B* bits = (B*)from;
+  for (int64_t i = 0; i < n; ++i) bits[i] &= B(-B(mask[i]));
+  int64_t i = 0;
+  constexpr int64_t L = lanes<wide<T>>;
+  if (past && aligned(to)) {
+    for (; i + L <= n; i += L) stream(to + i, load(from + i));
+  }
+  __builtin_memcpy((void*)(to + i), from + i, size_t(n - i) * sizeof(T));
 }
 
 // ---- one run: n values that lie side by side, of one channel or of n columns -----------------
