@@ -5,10 +5,10 @@ where the form has them. Ours is the same function under ``truenorm.accelerate()
 alone, and ``truenorm.kernels.fused.batch_norm_act`` for the fused forms. Every time holds the
 gradients of input, weight, bias and residual.
 
-The share is that of the machine's copy bandwidth, measured between the arms on tensors that take as
-much memory in all: the least that has to be read and written once is x, y (forward), x, dy, dx
-(backward), 5 tensors, and 8 with a residual, r, its gradient and y again; a copy of one tensor moves
-2. So the share is 5 / 2, or 8 / 2, of the time of a copy, by our time.
+The share is that of the machine's copy bandwidth, measured between the arms on tensors that take
+as much memory in all: the least that has to be read and written once is x, y (forward), x, dy, dx
+(backward), 5 tensors, and 8 with a residual, r, its gradient and y again; a copy of one tensor
+moves 2. So the share is 5 / 2, or 8 / 2, of the time of a copy, by our time.
 
 ``--compiled`` adds torch.compile's way (inductor), ``--jax PYTHON`` that of JAX in an environment
 of its own (``python -m venv jax; jax/bin/pip install jax; ... --jax jax/bin/python``); both as

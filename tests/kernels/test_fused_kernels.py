@@ -251,6 +251,47 @@ def test_moments_are_those_of_what_the_mask_shows():
     assert not torch.cat(ops.moments(x, torch.zeros_like(mask))).any()
 
 
+@pytest.mark.parametrize("pattern", ["scattered", "padding", "examples"])
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_what_a_mask_hides_is_never_looked_at(mean, dtype, layout, act, pattern):
+    if mean and dtype == torch.bfloat16:
+        mean = 30.0
+    x, residual, grad = torch.randn(3, 7, 5, 29, 31)
+    x = x + mean
+    mask = {
+        "scattered": torch.rand(7, 29, 31) > 0.4,
+        "padding": (torch.arange(31) < 22).expand(7, 29, 31).contiguous(),
+        "examples": (torch.arange(7) != 3).view(7, 1, 1).expand(7, 29, 31).contiguous(),
+    }[pattern]
+    shown = mask.unsqueeze(1)
+    found = []
+    for hidden in (0.0, torch.nan):  # nan in all that is given
+        given = [
+            torch.where(shown, t, hidden).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+            for t in (x, residual, grad)
+        ]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = [t.requires_grad_() for t in (*given[:2], torch.rand(5).to(wide) * 0 + 1.3)]
+        running = torch.zeros(5, dtype=wide), torch.ones(5, dtype=wide)
+        y, moments, finite = fused.batch_norm_act(
+            leaves[0], (leaves[2], None), running, 1e-5,
+            momentum=0.1, act=act, residual=leaves[1], mask=mask,
+        )  # fmt: skip
+        assert finite
+        found.append([y, moments, *torch.autograd.grad(y, leaves, given[2]), *running])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    y, (mean_of, var_of), dx = found[0][0], found[0][1][:, 0], found[0][2]
+    rows = x.to(dtype).double().movedim(1, -1)[mask]
+    assert torch.allclose(mean_of, rows.mean(0), rtol=1e-7, atol=1e-6)
+    assert torch.allclose(var_of, rows.var(0, correction=0), rtol=1e-5)
+    assert not y[~shown.expand_as(y)].any()
+    assert not dx[~shown.expand_as(y)].any()
+
+
 RISEN = truenorm.Renorm(rmax=1.5, dmax=0.5, start=0, rmax_at=1, dmax_at=1)
 
 

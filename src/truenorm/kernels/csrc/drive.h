@@ -45,6 +45,7 @@ struct Drive {
   T* kept = nullptr;  // the gradient in front of the activation, between the sweeps
   Arena arena;
   Affine<A> affine;
+  int64_t samples[SAMPLES];
   double *shift, *first, *second, *third;  // of channels, and of parts of channels
 
   explicit Drive(Job& job)
@@ -52,6 +53,7 @@ struct Drive {
         out((const T*)job.out), dy((const T*)job.dy), y((T*)job.y), dx((T*)job.dx),
         dresidual((T*)job.dresidual), arena(job.C * (7 + 3 * pieces.parts)) {
     cached.stream = false;
+    if (job.count) choose_samples();
     double* at = arena.at;
     shift = at;
     first = at += job.C;
@@ -110,12 +112,28 @@ struct Drive {
     });
   }
 
+  // Places of a few values, far apart, that are all shown.
+  INLINE void choose_samples() {
+    int64_t places = job.N * job.S, last = 0;
+    if (job.mask) {
+      while (last < places && !job.mask[last]) ++last;
+    }
+    for (int64_t k = 0; k < SAMPLES; ++k) {
+      int64_t at = places * k / SAMPLES, end = places * (k + 1) / SAMPLES;
+      if (job.mask) {
+        while (at < end && !job.mask[at]) ++at;
+        if (at == end) at = last;
+      }
+      samples[k] = last = at;
+    }
+  }
+
   // The mean of a few values, far apart, whose number is a power of two: equal ones give
   // themselves.
   INLINE void choose_shifts(int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; ++c) shift[c] = 0;
     for (int64_t k = 0; k < SAMPLES; ++k) {
-      int64_t i = job.N * job.S * k / SAMPLES, n = i / job.S, s = i % job.S;
+      int64_t n = samples[k] / job.S, s = samples[k] % job.S;
       const T* from = x + n * job.C * job.S + s;
       for (int64_t c = c0; c < c1; ++c) shift[c] += widen(from[c * job.S]);
     }
