@@ -326,7 +326,7 @@ def _line(
     if told.compiled and group.training:
         run = compiled(shape, form, last=group.last)
         by_compile = paired(run, pair[1], told.rounds).ratios
-    key = json.dumps([group.last, list(shape), form])
+    key = json.dumps([group.last, list(shape), form]) if group.training else ""
     row = {
         "group": group.name,
         "input": shape,
