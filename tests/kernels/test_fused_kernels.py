@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 import pytest
@@ -249,6 +250,32 @@ def test_moments_are_those_of_what_the_mask_shows():
         assert torch.allclose(mean, rows.mean(0), rtol=1e-12)
         assert torch.allclose(var, rows.var(0, correction=0), rtol=1e-6)
     assert not torch.cat(ops.moments(x, torch.zeros_like(mask))).any()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu"])
+def test_any_choice_of_what_learns_gives_the_gradients_of_all(act, layout, masked):
+    x, residual, grad = torch.randn(3, 4, 3, 14, 13)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    mask = torch.rand(4, 14, 13) > 0.3 if masked else None
+    given = x, residual, torch.rand(3) + 0.5, torch.randn(3)
+
+    def gradients(learn):
+        leaves = [t.clone().requires_grad_(one) for t, one in zip(given, learn, strict=True)]
+        running = torch.zeros(3), torch.ones(3)
+        y = fused.batch_norm_act(
+            leaves[0], (leaves[2], leaves[3]), running, 1e-5,
+            momentum=0.1, act=act, residual=leaves[1], mask=mask,
+        )[0]  # fmt: skip
+        y.backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    wanted = gradients((True,) * 4)
+    for learn in itertools.product((False, True), repeat=4):
+        if any(learn):
+            for got, one, all_of_it in zip(gradients(learn), learn, wanted, strict=True):
+                assert torch.allclose(got, all_of_it, rtol=1e-5, atol=1e-5) if one else got is None
 
 
 @pytest.mark.parametrize("pattern", ["scattered", "padding", "examples"])

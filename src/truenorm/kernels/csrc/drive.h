@@ -672,7 +672,7 @@ struct Drive {
     constexpr Mode SECOND = MODE == RELU && OUTPUT ? PLAIN : MODE;
     bool both = with_sums && with_gradient && !job.mask;
     if (MODE == TILED && both && sizeof(T) == sizeof(A)) kept = dresidual ? dresidual : dx;
-    if (MODE != SECOND && both) kept = dresidual;
+    if (MODE != SECOND && both && dx) kept = dresidual;
     auto gradient = [&](int64_t block, int64_t part) {
       MODE != SECOND && kept ? gradient_one<SECOND, false>(block, part)
                              : gradient_one<MODE, OUTPUT>(block, part);
