@@ -319,6 +319,18 @@ def test_what_a_mask_hides_is_never_looked_at(mean, dtype, layout, act, pattern)
     assert not dx[~shown.expand_as(y)].any()
 
 
+@pytest.mark.parametrize("shape", [(64, 16), (8, 4, 40, 40)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"act": "relu"}, {"frozen": True}], ids=str)
+def test_an_evaluation_gives_the_same_bits_with_a_gradient_and_without(options, shape):
+    layer = (truenorm.BatchNorm1d if len(shape) == 2 else truenorm.BatchNorm2d)(shape[1], **options)
+    x = torch.randn(shape) * 3 + 1
+    layer.running_mean.normal_()
+    layer.eval()
+    with torch.no_grad():
+        alone = layer(x)
+    assert torch.equal(layer(x.requires_grad_()), alone)
+
+
 RISEN = truenorm.Renorm(rmax=1.5, dmax=0.5, start=0, rmax_at=1, dmax_at=1)
 
 

@@ -318,9 +318,6 @@ class BatchNorm(RunningStatistics):
         """By one sweep over what ``mask`` (N, *S) shows; None where that is not all there is."""
         options, (mean, var, _) = self._options, self._statistics()
         if options.frozen or not self.training:
-            bare = residual is None and mask is None and options.act is None
-            if bare and torch.is_grad_enabled() and x.numel() <= fused.SMALL:
-                return None  # a node of torch's own costs less
             out, _, _ = fused.batch_norm_act(
                 x,
                 (self.weight, self.bias),
