@@ -523,19 +523,27 @@ template <class T, bool EXACT>
 NOINLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, int64_t n,
                          const double* shift, const float* shift32, bool far,
                          double* first, double* second) {
+  typedef wide<T> A;
+  constexpr int64_t L = lanes<A>;
   int64_t i = 0;
-  if constexpr (!EXACT) {
+  if constexpr (!EXACT || sizeof(A) == 8) {
     // What the rows give goes to `first` and `second`, which the nearest cache holds.
-    float waiting[2][BLOCK];
+    A waiting[2][BLOCK];
+    const A* by_column;
+    if constexpr (sizeof(A) == 8) {
+      by_column = shift;
+    } else {
+      by_column = shift32;
+    }
     auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
                     auto stage) INLINE_LAMBDA {
-      typedef Waiting<Stage(decltype(stage)::value), float> Sum;
+      typedef Waiting<Stage(decltype(stage)::value), A> Sum;
       for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
-        int64_t at = column + v * LF;
-        VF by = load(shift32 + at);
+        int64_t at = column + v * L;
+        vec<A> by = load(by_column + at);
         Sum s(waiting[0] + at), q(waiting[1] + at);
         for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          VF d = load(x + (row + k) * stride + at) - by;
+          vec<A> d = load(x + (row + k) * stride + at) - by;
           s.sum += d;
           q.sum += d * d;
         }
@@ -543,29 +551,8 @@ NOINLINE void moments_rows(const T* x, int64_t r0, int64_t r1, int64_t stride, i
         q.keep(waiting[1] + at, second + at);
       }
     };
-    along_rows<LF>(r0, r1, n, far, step);
-    i = n / LF * LF;
-  }
-  if constexpr (sizeof(T) == 8) {
-    double waiting[2][BLOCK];
-    auto step = [&](int64_t row, int64_t column, auto rows, auto vectors,
-                    auto stage) INLINE_LAMBDA {
-      typedef Waiting<Stage(decltype(stage)::value), double> Sum;
-      for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
-        int64_t at = column + v * LD;
-        VD by = load(shift + at);
-        Sum s(waiting[0] + at), q(waiting[1] + at);
-        for (int64_t k = 0; k < decltype(rows)::value; ++k) {
-          VD d = load(x + (row + k) * stride + at) - by;
-          s.sum += d;
-          q.sum += d * d;
-        }
-        s.keep(waiting[0] + at, first + at);
-        q.keep(waiting[1] + at, second + at);
-      }
-    };
-    along_rows<LD>(r0, r1, n, far, step);
-    i = n / LD * LD;
+    along_rows<L>(r0, r1, n, far, step);
+    i = n / L * L;
   }
   for (int64_t r = r0; r < r1; ++r) {
     const T* row = x + r * stride;
